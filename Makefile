@@ -1,0 +1,52 @@
+# Every target works in a fresh clone with nothing activated. The second time only what changed is done again.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo lab test gpu-test gpu-bench bench clean
+
+help:
+	@echo "make demo       set up, then eight prompts on the embedded model, watched live in the terminal"
+	@echo "make lab        set up, then JupyterLab on notebooks/00_start_here.ipynb"
+	@echo "make test       set up, then all tests (no GPU needed)"
+	@echo "make bench      CPU speed at the Llama-3.2-1B shape"
+	@echo "make gpu-test   the tests that need an NVIDIA GPU"
+	@echo "make clean      remove the virtual environment"
+
+# A stamp file a set of packages: made anew when the list of dependencies changes.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "tinyvllm needs Python 3.11 to 3.13, and $(PYTHON) is %d.%d: say make PYTHON=/path/to/python3.12 ..." % v)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: pyproject.toml | $(BIN)/python
+	@echo "installing tinyvllm into $(VENV) (a minute or two, once)"
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.base
+	$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/.cuda: pyproject.toml $(VENV)/.test
+	$(PIP) -e '.[cuda,test]'
+	@touch $@
+
+demo: $(VENV)/.base
+	$(BIN)/python -m tinyvllm demo
+
+lab: $(VENV)/.base
+	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=120 notebooks
+
+bench: $(VENV)/.base
+	$(BIN)/python -m tinyvllm.bench.cpu
+
+gpu-test: $(VENV)/.cuda
+	$(BIN)/python -m pytest -m gpu tests/gpu
+
+clean:
+	rm -rf $(VENV)

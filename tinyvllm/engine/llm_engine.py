@@ -1,0 +1,229 @@
+"""The engine: requests in, tokens and text out, one step at a time.
+
+    step():   schedule -> run -> sample -> update -> emit
+
+It owns policy and bookkeeping only. Numbers are made by a runner (`execute(SchedulerOutput) -> {request_id: token}`)
+and text by a tokenizer; tests put a toy in the place of either.
+"""
+
+import itertools
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from tinyvllm.engine.kv_cache_manager import KVCacheManager
+from tinyvllm.engine.request import Request, RequestStatus
+from tinyvllm.engine.scheduler import Scheduler, SchedulerOutput
+from tinyvllm.errors import RequestError
+from tinyvllm.outputs import CompletionOutput, EngineStats, RequestOutput
+from tinyvllm.sampling_params import SamplingParams
+
+
+class Runner(Protocol):
+    """What computes a step: writes K and V of every scheduled token, samples where asked."""
+
+    def execute(self, output: SchedulerOutput) -> dict[str, int]: ...
+
+
+class LLMEngine:
+    """Continuous batching over a runner.
+
+    runner: computes steps. tokenizer: encodes prompts and decodes outputs, or None for token ids only.
+    vocab_size: ids outside it are refused. eos_token_ids: end a request unless it ignores them.
+    The other arguments are EngineConfig's, already resolved to numbers.
+    """
+
+    def __init__(self, runner: Runner, tokenizer: Any | None = None, *, vocab_size: int, eos_token_ids: Sequence[int],
+                 num_blocks: int, block_size: int, max_model_len: int, max_num_seqs: int, max_num_batched_tokens: int,
+                 enable_prefix_caching: bool = True, scheduling_policy: str = "continuous", use_kv_cache: bool = True,
+                 seed: int = 0):
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.max_model_len = max_model_len
+        self.kv_cache_manager = KVCacheManager(num_blocks, block_size, enable_prefix_caching)
+        self.scheduler = Scheduler(self.kv_cache_manager, max_num_seqs=max_num_seqs,
+                                   max_num_batched_tokens=max_num_batched_tokens, policy=scheduling_policy,
+                                   use_kv_cache=use_kv_cache)
+        self.seed = seed
+        self._request_counter = itertools.count()
+        self._requests: dict[str, Request] = {}
+        self._prompts: dict[str, str | None] = {}
+        self._detokenizers: dict[str, Any] = {}
+        self._aborted: list[RequestOutput] = []
+        self.num_steps = self.num_finished = self.num_prompt_tokens = self.num_output_tokens = 0
+        self.last_step_tokens = 0
+
+    # ---- requests in ----
+
+    def add_request(self, prompt: Any, params: SamplingParams | None = None, request_id: str | None = None) -> str:
+        """Queue a prompt: text, a list of token ids, or {"prompt_token_ids": [...]}. Returns the request's id.
+
+        Raises RequestError, in which case nothing has changed for anybody else.
+        """
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling parameters must be a SamplingParams, got {type(params).__name__}")
+        text, token_ids = self._encode(prompt)
+        self._check_prompt(token_ids)
+        number = next(self._request_counter)
+        if request_id is None:
+            request_id = str(number)
+        if request_id in self._requests:
+            raise RequestError(f"request id {request_id!r} is in use: choose another, or leave it out")
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and this engine has none: use stop_token_ids")
+        request = Request(request_id, token_ids, params, eos_token_ids=self.eos_token_ids, max_len=self._max_len(),
+                          seed=_request_seed(self.seed, number) if params.seed is None else params.seed % 2**64)
+        self._requests[request_id] = request
+        self._prompts[request_id] = text
+        if self.tokenizer is not None:
+            self._detokenizers[request_id] = self.tokenizer.incremental_detokenizer(params.stop)
+        self.scheduler.add_request(request)
+        return request_id
+
+    def abort(self, request_ids: str | Iterable[str]) -> None:
+        """End requests now, wherever they are; the next step() reports them as "abort". Unknown ids are ignored."""
+        for request_id in [request_ids] if isinstance(request_ids, str) else list(request_ids):
+            request = self._requests.get(request_id)
+            if request is not None:
+                request.status = RequestStatus.FINISHED_ABORTED
+                self._aborted.append(self._emit(request))
+
+    def discard_aborted(self, request_ids: Iterable[str]) -> None:
+        """Forget the pending "abort" outputs of these requests: nobody is waiting for them."""
+        ids = set(request_ids)
+        self._aborted = [output for output in self._aborted if output.request_id not in ids]
+
+    def has_unfinished_requests(self) -> bool:
+        return self.scheduler.has_unfinished_requests() or bool(self._aborted)
+
+    # ---- one step ----
+
+    def step(self) -> list[RequestOutput]:
+        """Schedule, run, update; returns an output for every request that got a token or ended.
+
+        If the runner raises, the error goes to the caller and the books stay balanced: no token was counted as
+        computed, so the next step() tries the same work again.
+        """
+        batch = self.scheduler.schedule()
+        advanced: list[Request] = []
+        if batch.scheduled:
+            now = time.perf_counter()
+            for scheduled in batch.scheduled:
+                if scheduled.request.metrics.first_scheduled_time is None:
+                    scheduled.request.metrics.first_scheduled_time = now
+            tokens = self.runner.execute(batch)
+            self._count(batch)
+            advanced = self.scheduler.update(batch, tokens)
+        outputs, self._aborted = self._aborted, []
+        outputs += [self._emit(request) for request in advanced]
+        return outputs
+
+    @property
+    def stats(self) -> EngineStats:
+        """A snapshot, cheap enough for every step."""
+        manager, scheduler = self.kv_cache_manager, self.scheduler
+        return EngineStats(
+            num_steps=self.num_steps, num_running=len(scheduler.running), num_waiting=len(scheduler.waiting),
+            num_finished=self.num_finished, kv_cache_usage=manager.pool.usage, num_blocks=manager.pool.num_blocks,
+            num_free_blocks=manager.pool.num_free_blocks, num_prompt_tokens=self.num_prompt_tokens,
+            num_output_tokens=self.num_output_tokens, num_preemptions=scheduler.num_preemptions,
+            prefix_cache_queries=manager.prefix_cache_queries, prefix_cache_hits=manager.prefix_cache_hits,
+            last_step_tokens=self.last_step_tokens, running=[r.request_id for r in scheduler.running],
+            waiting=[r.request_id for r in scheduler.waiting])
+
+    # ---- details ----
+
+    def _encode(self, prompt: Any) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, dict):
+            unknown = set(prompt) - {"prompt_token_ids", "prompt"}
+            if unknown or not prompt:
+                raise RequestError(f"a prompt dictionary has the key 'prompt_token_ids' or 'prompt', "
+                                   f"got {', '.join(map(repr, sorted(prompt))) or 'none'}")
+            prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError("this engine has no tokenizer: give the prompt as token ids")
+            if not prompt:
+                raise RequestError("the prompt is empty: give at least one character or token id")
+            return prompt, self.tokenizer.encode_prompt(prompt)
+        try:
+            return None, [_token_id(i) for i in prompt]
+        except TypeError:
+            raise RequestError(f"a prompt is text, a list of token ids, or {{'prompt_token_ids': [...]}}, "
+                               f"got {type(prompt).__name__}: {str(prompt)[:60]}") from None
+
+    def _check_prompt(self, token_ids: list[int]) -> None:
+        if not token_ids:
+            raise RequestError("the prompt is empty: give at least one character or token id")
+        bad = next((i for i in token_ids if not 0 <= i < self.vocab_size), None)
+        if bad is not None:
+            raise RequestError(f"token id {bad} is out of range: this model's vocabulary has the ids "
+                               f"0 to {self.vocab_size - 1}")
+        if len(token_ids) >= self.max_model_len:
+            raise RequestError(f"the prompt has {len(token_ids)} tokens, and max_model_len={self.max_model_len} must "
+                               "hold the prompt and at least one new token: shorten it or raise max_model_len")
+        capacity = self.kv_cache_manager.pool.num_blocks * self.kv_cache_manager.block_size
+        if len(token_ids) >= capacity:
+            raise RequestError(f"the prompt has {len(token_ids)} tokens and the whole KV cache holds {capacity} "
+                               f"({self.kv_cache_manager.pool.num_blocks} blocks of "
+                               f"{self.kv_cache_manager.block_size}), prompt and at least one new token together: "
+                               "shorten it or raise num_blocks")
+
+    def _max_len(self) -> int:
+        # A request that alone outgrows the pool could never be finished: it ends with "length" at that point.
+        return min(self.max_model_len, self.kv_cache_manager.pool.num_blocks * self.kv_cache_manager.block_size)
+
+    def _count(self, batch: SchedulerOutput) -> None:
+        self.num_steps += 1
+        self.last_step_tokens = batch.total_num_scheduled_tokens
+        for scheduled in batch.scheduled:
+            prompt_left = scheduled.request.num_prompt_tokens - scheduled.start
+            self.num_prompt_tokens += max(0, min(prompt_left, scheduled.num_scheduled_tokens))
+            self.num_output_tokens += scheduled.sample
+
+    def _emit(self, request: Request) -> RequestOutput:
+        """Turn a request's state into an output; if it has ended, let go of everything that belongs to it."""
+        now = time.perf_counter()
+        detokenizer = self._detokenizers.get(request.request_id)
+        metrics = request.metrics
+        if metrics.first_token_time is None and metrics.num_output_tokens:
+            metrics.first_token_time = now
+        new_text = ""
+        if detokenizer is not None and request.status is not RequestStatus.FINISHED_ABORTED:
+            new_text = detokenizer.push(request.token_ids[-1:])
+            if detokenizer.stop_reason is not None:
+                request.status = RequestStatus.FINISHED_STOPPED
+                request.stop_reason = detokenizer.stop_reason
+        if request.status.is_finished:
+            if detokenizer is not None:
+                new_text += detokenizer.finish()
+            metrics.finished_time = now
+            self.num_finished += 1
+            self.scheduler.finish(request)
+            del self._requests[request.request_id]
+            self._detokenizers.pop(request.request_id, None)
+        metrics.num_cached_tokens = max(0, request.num_cached_tokens)
+        prompt = self._prompts.pop(request.request_id) if request.status.is_finished else \
+            self._prompts[request.request_id]
+        completion = CompletionOutput(0, "" if detokenizer is None else detokenizer.text, request.output_token_ids,
+                                      request.finish_reason, request.stop_reason, new_text)
+        return RequestOutput(request.request_id, prompt, request.token_ids[:request.num_prompt_tokens], [completion],
+                             request.status.is_finished, metrics, metrics.num_cached_tokens)
+
+
+def _token_id(value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError
+    return value.__index__()
+
+
+def _request_seed(engine_seed: int, number: int) -> int:
+    """A seed for a request that brings none: SplitMix64's output function over the engine's seed and a counter."""
+    mask = 2**64 - 1
+    z = (engine_seed * 0xD1342543DE82EF95 + (number + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)

@@ -1,0 +1,154 @@
+"""Who computes how many tokens in the next step.
+
+One budget of tokens a step (max_num_batched_tokens) is handed out: first to running requests, in order of arrival,
+then to waiting ones, as far as budget, seats (max_num_seqs) and free blocks go. A request takes what it lacks
+(num_tokens - num_computed_tokens): one token when it is generating, many when its prompt is new; a prompt larger
+than what is left of the budget takes a chunk and goes on next step, beside everybody's decoding.
+
+When a running request finds no free block, the one admitted last gives all of its own back and waits at the front
+of the queue; its tokens are recomputed later (and its finished prefix blocks may well still be cached).
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from tinyvllm.engine.kv_cache_manager import KVCacheManager
+from tinyvllm.engine.request import Request, RequestStatus
+
+
+@dataclass
+class ScheduledRequest:
+    """One request's share of a step."""
+
+    request: Request
+    num_scheduled_tokens: int
+    start: int  # position of the first of them: num_computed_tokens before the step
+    block_ids: list[int]
+    sample: bool  # the last of them is the request's last token: its logits choose the next one
+
+
+@dataclass
+class SchedulerOutput:
+    """One step's batch. Requests with a single token to compute come first (num_decodes of them)."""
+
+    scheduled: list[ScheduledRequest] = field(default_factory=list)
+    num_decodes: int = 0
+    total_num_scheduled_tokens: int = 0
+    preempted: list[Request] = field(default_factory=list)
+
+
+class Scheduler:
+    """Queues, admission and preemption. It knows tokens by count only: no kernels, no text.
+
+    policy "continuous": admit whenever there is room. "static": admit only when nobody runs any more, the way
+    batches were served before continuous batching; kept for comparison.
+    use_kv_cache=False: forget what was computed after every sampled token, so that each step recomputes the whole
+    sequence; kept for the lesson on why a cache exists.
+    """
+
+    def __init__(self, kv_cache_manager: KVCacheManager, *, max_num_seqs: int, max_num_batched_tokens: int,
+                 policy: str = "continuous", use_kv_cache: bool = True):
+        self.kv_cache_manager = kv_cache_manager
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.policy = policy
+        self.use_kv_cache = use_kv_cache
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # in order of admission
+        self.num_preemptions = 0
+
+    def add_request(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def schedule(self) -> SchedulerOutput:
+        """Hand out one step's token budget. Allocates blocks; computes nothing."""
+        output = SchedulerOutput()
+        shares: dict[str, int] = {}
+        budget = self.max_num_batched_tokens
+
+        index = 0
+        while index < len(self.running) and budget > 0:
+            request = self.running[index]
+            num_new = min(request.num_tokens - request.num_computed_tokens, budget)
+            while self.kv_cache_manager.allocate_slots(request, num_new) is None:
+                victim = self.running.pop()  # admitted last; not scheduled yet, since we walk in order of admission
+                self._preempt(victim, output)
+                if victim is request:
+                    break
+            else:
+                shares[request.request_id] = num_new
+                budget -= num_new
+                index += 1
+
+        may_admit = not output.preempted and (self.policy == "continuous" or not self.running)
+        while may_admit and self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            request = self.waiting[0]
+            computed_blocks = self.kv_cache_manager.get_computed_blocks(request)
+            num_cached = len(computed_blocks) * self.kv_cache_manager.block_size
+            num_new = min(request.num_tokens - num_cached, budget)
+            if self.kv_cache_manager.allocate_slots(request, num_new, computed_blocks) is None:
+                break
+            if self.kv_cache_manager.enable_caching:
+                self.kv_cache_manager.record_lookup(request.num_tokens, num_cached)
+            self.waiting.popleft()
+            request.num_computed_tokens = num_cached
+            request.status = RequestStatus.RUNNING
+            if request.num_cached_tokens < 0:
+                request.num_cached_tokens = num_cached
+            self.running.append(request)
+            shares[request.request_id] = num_new
+            budget -= num_new
+
+        for request in self.running:
+            if request.request_id in shares:
+                output.scheduled.append(self._share(request, shares[request.request_id]))
+        output.scheduled.sort(key=lambda s: s.num_scheduled_tokens > 1)  # stable: single rows first
+        output.num_decodes = sum(s.num_scheduled_tokens == 1 for s in output.scheduled)
+        output.total_num_scheduled_tokens = self.max_num_batched_tokens - budget
+        return output
+
+    def update(self, output: SchedulerOutput, sampled_token_ids: dict[str, int]) -> list[Request]:
+        """Take in a step that ran: advance, publish full blocks, append tokens. Returns requests that got a token.
+
+        sampled_token_ids: request_id -> token, for every ScheduledRequest with `sample`.
+        """
+        advanced = []
+        for scheduled in output.scheduled:
+            request = scheduled.request
+            if request.status is not RequestStatus.RUNNING:
+                continue  # aborted while the step ran
+            request.num_computed_tokens += scheduled.num_scheduled_tokens
+            self.kv_cache_manager.cache_full_blocks(request)
+            if scheduled.sample:
+                request.append_output(sampled_token_ids[request.request_id])
+                if not self.use_kv_cache:
+                    request.num_computed_tokens = 0
+                advanced.append(request)
+        return advanced
+
+    def finish(self, request: Request, status: RequestStatus | None = None) -> None:
+        """Remove a request from wherever it is and free its blocks. status: set it too, if it has not ended yet."""
+        if not request.status.is_finished and status is not None:
+            request.status = status
+        if request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        self.kv_cache_manager.free(request)
+
+    def _preempt(self, request: Request, output: SchedulerOutput) -> None:
+        self.kv_cache_manager.free(request)
+        request.status = RequestStatus.PREEMPTED
+        request.num_computed_tokens = 0
+        request.metrics.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(request)
+        output.preempted.append(request)
+
+    def _share(self, request: Request, num_tokens: int) -> ScheduledRequest:
+        start = request.num_computed_tokens
+        return ScheduledRequest(request, num_tokens, start, self.kv_cache_manager.block_ids(request),
+                                sample=start + num_tokens == request.num_tokens)

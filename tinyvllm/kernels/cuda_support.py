@@ -1,0 +1,184 @@
+"""What every CUDA kernel here shares: is there a GPU, how a kernel is compiled, how it is launched.
+
+`import tinyvllm.kernels.rms_norm` has to work where no CUDA package is installed, so nothing is compiled on import:
+`@kernel` keeps the Python function and hands it to numba.cuda on its first launch.
+
+Two kinds of kernels live in this package:
+
+    lesson-grade  arrays in, plain Python arithmetic; they also run in numba's CUDA simulator
+                  (NUMBA_ENABLE_CUDASIM=1), where a kernel can be stepped through with a debugger
+    PTX-grade     raw addresses (uint64) and inline PTX from ptx.py: tensor cores, 16-byte loads, asynchronous
+                  copies; they need a GPU to run, but not to be compiled
+
+Launch wrappers take numba device arrays, or anything with `__cuda_array_interface__`, and launch on the default stream.
+"""
+
+import functools
+import os
+from typing import Any, Callable
+
+import numpy as np
+
+from tinyvllm.errors import DeviceError
+
+try:
+    from numba import cuda
+except Exception as error:  # numba-cuda missing, or broken by a mismatch of versions
+    cuda, _IMPORT_ERROR = None, error
+else:
+    _IMPORT_ERROR = None
+
+__all__ = ["cuda", "simulated", "cuda_available", "require_cuda", "kernel", "device_function", "pointer", "workspace",
+           "ceil_div", "grid_1d", "widen_cuda", "narrow_cuda"]
+
+MINIMUM_COMPUTE_CAPABILITY = (8, 0)  # Ampere: the first with bf16 tensor cores and asynchronous copies
+THREADS = 256  # a block, for kernels that have one thread an element
+
+
+# ---- is there a GPU ----
+
+
+def simulated() -> bool:
+    """True when numba.cuda is its simulator: kernels run as Python threads on the CPU."""
+    return os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
+
+
+def cuda_available() -> bool:
+    """True when `require_cuda` would pass."""
+    try:
+        require_cuda()
+    except DeviceError:
+        return False
+    return True
+
+
+def require_cuda() -> None:
+    """Raise DeviceError, saying what is missing, unless a GPU that can run these kernels is there."""
+    advice = 'Use device="cpu", which needs no GPU.'
+    if cuda is None:
+        raise DeviceError(f'device="cuda" needs the package numba-cuda, which cannot be imported ({_IMPORT_ERROR}). '
+                          f'Install it with pip install "tinyvllm[cuda]". {advice}')
+    if simulated():
+        return
+    try:
+        found = cuda.is_available()
+        reason = "" if found else f" ({cuda.cuda_error()})" if getattr(cuda, "cuda_error", None) else ""
+        capability = tuple(cuda.get_current_device().compute_capability) if found else None
+    except Exception as error:  # a driver that is there but cannot start says so in many ways
+        found, reason, capability = False, f" ({error})", None
+    if not found:
+        raise DeviceError(f'device="cuda" needs an NVIDIA GPU and its driver; none was found{reason}. {advice}')
+    if capability < MINIMUM_COMPUTE_CAPABILITY:
+        need = ".".join(map(str, MINIMUM_COMPUTE_CAPABILITY))
+        name = cuda.get_current_device().name
+        name = name.decode() if isinstance(name, bytes) else name
+        raise DeviceError(f"this GPU ({name}) has compute capability {'.'.join(map(str, capability))}; tinyvllm's "
+                          f"kernels need {need} or newer (bf16 tensor cores). {advice}")
+
+
+# ---- compiling ----
+
+
+class kernel:
+    """A numba.cuda kernel that is compiled when it is first launched: `name[grid, block, stream, shared](...)`.
+
+    signature: argument types for PTX-grade kernels, as a list of names ("uint64", "int32", "float32"); lesson-grade
+    kernels leave it out and are compiled for the arrays they meet. max_threads: threads a block at most, which lets
+    the compiler give each thread more registers (`__launch_bounds__`).
+    """
+
+    def __init__(self, function: Callable | None = None, *, signature: tuple[str, ...] | None = None,
+                 max_threads: int | None = None):
+        self._signature, self._max_threads = signature, max_threads
+        self._compiled = None
+        if function is not None:
+            self(function)
+
+    def __call__(self, function: Callable) -> "kernel":
+        self.py_func = function
+        functools.update_wrapper(self, function)
+        return self
+
+    def __getitem__(self, configuration):
+        if self._compiled is None:
+            self._compiled = self._compile()
+        return self._compiled[configuration]
+
+    @property
+    def compiled(self):
+        """The numba.cuda dispatcher (compiles it)."""
+        if self._compiled is None:
+            self._compiled = self._compile()
+        return self._compiled
+
+    def numba_signature(self):
+        """The signature as numba types, or None."""
+        from numba.cuda import types  # not on import: see above
+
+        return None if self._signature is None else types.void(*(getattr(types, name) for name in self._signature))
+
+    def _compile(self):
+        require_cuda()
+        if simulated():
+            return cuda.jit(self.py_func)
+        from tinyvllm.kernels.cuda_cache import cached_cuda_jit
+
+        options = {} if self._max_threads is None else {"launch_bounds": self._max_threads}
+        return cached_cuda_jit(self.py_func, self.numba_signature(), options)
+
+
+def device_function(function: Callable) -> Callable:
+    """A small function for use inside CUDA kernels, inlined into them; plain Python where numba.cuda is missing."""
+    return function if cuda is None else cuda.jit(device=True)(function)
+
+
+@device_function
+def widen_cuda(bits):
+    """One bfloat16 (uint16) as float32, on the GPU and in the simulator."""
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@device_function
+def narrow_cuda(value):
+    """One float32 as bfloat16 (uint16), to nearest even; NaN stays NaN. See kernels/bf16.py for the arithmetic."""
+    bits = np.float32(value).view(np.uint32)
+    if value != value:
+        return np.uint16(np.uint32(bits >> np.uint32(16)) | np.uint32(0x0040))
+    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    return np.uint16(np.uint32(bits + np.uint32(np.uint32(0x7FFF) + odd)) >> np.uint32(16))
+
+
+# ---- launching ----
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Blocks of b that cover a."""
+    return -(-a // b)
+
+
+def grid_1d(elements: int, threads: int = THREADS) -> tuple[int, int]:
+    """Blocks and threads for one thread an element (at least one block: an empty grid is an error in CUDA)."""
+    return max(1, ceil_div(elements, threads)), threads
+
+
+def pointer(array: Any) -> int:
+    """Device address of an array's first element."""
+    address = getattr(array, "device_ctypes_pointer", None)
+    if address is not None:
+        return address.value or 0
+    return array.__cuda_array_interface__["data"][0]
+
+
+@functools.lru_cache(maxsize=8)
+def _scratch(size: int, context_id: int):
+    return cuda.device_array(size, np.float32)
+
+
+def workspace(num_floats: int):
+    """Device scratch of at least `num_floats` float32, contents undefined, shared by all kernels that ask for it.
+
+    One stream runs one kernel after the other, so a kernel may use it until it ends, and none may expect it to keep
+    anything for longer. Sizes are rounded up to a power of two, so that few are ever allocated.
+    """
+    size = 1 << max(12, (num_floats - 1).bit_length())
+    return _scratch(size, id(cuda.current_context()))

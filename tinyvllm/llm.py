@@ -1,0 +1,193 @@
+"""`LLM`: the whole engine behind one class, in the shape of vLLM's offline API.
+
+    llm = LLM("demo")
+    for out in llm.generate(["Once upon a time"], SamplingParams(temperature=0, max_tokens=40)):
+        print(out.outputs[0].text)
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from tinyvllm.config import EngineConfig
+from tinyvllm.engine.llm_engine import LLMEngine
+from tinyvllm.errors import ConfigError, OutOfDeviceMemoryError, RequestError, TokenizerError
+from tinyvllm.loader.checkpoint import Checkpoint, load_weights, resolve_model
+from tinyvllm.model.config import ModelConfig
+from tinyvllm.options import refuse_unknown_options
+from tinyvllm.outputs import RequestOutput
+from tinyvllm.runner.device import make_backend
+from tinyvllm.runner.memory import plan_memory
+from tinyvllm.runner.model_runner import ModelRunner
+from tinyvllm.runner.weights import WeightStore
+from tinyvllm.sampling_params import SamplingParams
+from tinyvllm.text.tokenizer import Tokenizer
+
+Messages = Sequence[dict[str, str]]
+
+
+@refuse_unknown_options(ConfigError)
+class LLM:
+    """Loads a model and generates text with continuous batching over a paged KV cache.
+
+    model: a folder in Hugging Face layout, "demo" for the embedded model, or the id of a model that is already in
+    the local Hugging Face cache. use_tqdm: progress bars while loading and generating.
+    The other arguments are those of `tinyvllm.config.EngineConfig`; None lets the engine choose.
+
+    Raises ModelNotFoundError, ModelFileError, ConfigError, TokenizerError, DeviceError or OutOfDeviceMemoryError,
+    all of them TinyVLLMError, with a message that says what to do. A folder without tokenizer.json can be used with
+    token-id prompts if skip_tokenizer_init=True.
+    """
+
+    def __init__(self, model: str | os.PathLike = "demo", *, device: str = "auto", max_model_len: int | None = None,
+                 max_num_seqs: int | None = None, max_num_batched_tokens: int | None = None, block_size: int = 16,
+                 num_blocks: int | None = None, gpu_memory_utilization: float = 0.9,
+                 enable_prefix_caching: bool = True, enforce_eager: bool = False, seed: int = 0,
+                 scheduling_policy: str = "continuous", use_kv_cache: bool = True, skip_tokenizer_init: bool = False,
+                 use_tqdm: bool = True):
+        self.engine_config = EngineConfig(
+            device=device, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens, block_size=block_size, num_blocks=num_blocks,
+            gpu_memory_utilization=gpu_memory_utilization, enable_prefix_caching=enable_prefix_caching,
+            enforce_eager=enforce_eager, seed=seed, scheduling_policy=scheduling_policy, use_kv_cache=use_kv_cache)
+        self.use_tqdm = use_tqdm
+        self._inbox: dict[str, deque[RequestOutput]] = {}  # outputs of requests that a stream() is reading
+        self.model_path: Path = resolve_model(str(model))
+        self.model_config = ModelConfig.from_folder(self.model_path)
+        self.tokenizer = None if skip_tokenizer_init else Tokenizer(self.model_path)
+        checkpoint = Checkpoint(self.model_path, self.model_config)
+        backend = make_backend(device, enforce_eager)
+        # Planned before anything is allocated: a plan that cannot fit is refused with its numbers.
+        self.memory_plan = plan_memory(self.model_config, self.engine_config, backend)
+        plan = self.memory_plan
+        try:
+            store = WeightStore(self.model_config, backend)
+            load_weights(checkpoint, self.model_config, store, progress=use_tqdm)
+            self.runner = ModelRunner(self.model_config, store.finish(plan.max_model_len), backend,
+                                      num_blocks=plan.num_blocks, block_size=block_size,
+                                      max_model_len=plan.max_model_len, max_num_seqs=plan.max_num_seqs,
+                                      max_num_batched_tokens=plan.max_num_batched_tokens)
+        except OutOfDeviceMemoryError as error:
+            raise OutOfDeviceMemoryError(f"{error} (the plan was: {plan.describe()})") from None
+        self.device = backend.name
+        self.engine = LLMEngine(self.runner, self.tokenizer, vocab_size=self.model_config.vocab_size,
+                                eos_token_ids=self.model_config.eos_token_ids, num_blocks=plan.num_blocks,
+                                block_size=block_size, max_model_len=plan.max_model_len,
+                                max_num_seqs=plan.max_num_seqs, max_num_batched_tokens=plan.max_num_batched_tokens,
+                                enable_prefix_caching=enable_prefix_caching, scheduling_policy=scheduling_policy,
+                                use_kv_cache=use_kv_cache, seed=seed)
+
+    def generate(self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+                 use_tqdm: bool | None = None) -> list[RequestOutput]:
+        """Generate for one prompt or many; returns their outputs in the order of the prompts.
+
+        prompts: text, {"prompt_token_ids": [...]}, a list of token ids, or a list of any of these.
+        sampling_params: one for all, or one for each prompt.
+        A prompt that cannot be served raises RequestError before anything runs.
+        """
+        prompts = _as_list(prompts)
+        params = _one_each(sampling_params, len(prompts))
+        request_ids: list[str] = []
+        try:
+            for prompt, param in zip(prompts, params):
+                request_ids.append(self.engine.add_request(prompt, param))
+        except RequestError as error:
+            self._drop(request_ids)
+            where = f"prompt {len(request_ids)}: " if len(prompts) > 1 else ""
+            raise RequestError(f"{where}{error}") from None
+        return self._run(request_ids, self.use_tqdm if use_tqdm is None else use_tqdm)
+
+    def chat(self, messages: Messages | Sequence[Messages],
+             sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *,
+             add_generation_prompt: bool = True, date_string: str | None = None,
+             use_tqdm: bool | None = None) -> list[RequestOutput]:
+        """Answer one conversation or many, rendered with the model's chat template.
+
+        messages: [{"role": "user", "content": "..."}, ...], or a list of such lists.
+        date_string: what the template shows as today's date, if it shows one.
+        """
+        conversations = [messages] if messages and isinstance(messages[0], dict) else list(messages)
+        prompts = [{"prompt_token_ids": self.chat_token_ids(c, add_generation_prompt, date_string)}
+                   for c in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def chat_token_ids(self, messages: Messages, add_generation_prompt: bool = True,
+                       date_string: str | None = None) -> list[int]:
+        """The token ids of a conversation: exactly one beginning-of-text token, the template's own."""
+        if self.tokenizer is None:
+            raise TokenizerError("chat needs a tokenizer, and this engine was made with skip_tokenizer_init=True")
+        return self.tokenizer.encode_chat(messages, add_generation_prompt=add_generation_prompt,
+                                          date_string=date_string)
+
+    def stream(self, prompt: Any, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Generate for one prompt and yield an output after every token: `out.outputs[0].new_text` is what is new.
+
+        Leaving the loop early aborts the request.
+        """
+        request_id = self.engine.add_request(prompt, sampling_params)
+        self._inbox[request_id] = deque()
+        return self._stream(request_id)
+
+    def _stream(self, request_id: str) -> Iterator[RequestOutput]:
+        inbox = self._inbox[request_id]
+        finished = False
+        try:
+            while not finished:
+                while not inbox:
+                    self._step()
+                output = inbox.popleft()
+                finished = output.finished
+                yield output
+        finally:
+            del self._inbox[request_id]
+            if not finished:
+                self._drop([request_id])
+
+    def _step(self) -> list[RequestOutput]:
+        """One engine step; outputs of streamed requests also go to their streams, whoever drives the engine."""
+        outputs = self.engine.step()
+        for output in outputs:
+            if output.request_id in self._inbox:
+                self._inbox[output.request_id].append(output)
+        return outputs
+
+    def _run(self, request_ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
+        done: dict[str, RequestOutput] = {}
+        wanted = set(request_ids)
+        try:
+            with tqdm(total=len(request_ids), desc="requests", unit="request", disable=not use_tqdm,
+                      leave=False) as bar:
+                while len(done) < len(request_ids):
+                    for output in self._step():
+                        if output.finished and output.request_id in wanted:
+                            done[output.request_id] = output
+                            bar.update()
+        finally:  # an interrupt or an error must not leave requests behind that a later call would have to run
+            self._drop([request_id for request_id in request_ids if request_id not in done])
+        return [done[request_id] for request_id in request_ids]
+
+    def _drop(self, request_ids: Iterable[str]) -> None:
+        self.engine.abort(request_ids)
+        self.engine.discard_aborted(request_ids)
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    if isinstance(prompts, (str, dict)):
+        return [prompts]
+    prompts = list(prompts) if isinstance(prompts, Iterable) else [prompts]
+    if prompts and all(hasattr(p, "__index__") and not isinstance(p, bool) for p in prompts):
+        return [prompts]  # one prompt, as token ids
+    return prompts
+
+
+def _one_each(params: Any, count: int) -> list[SamplingParams | None]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * count
+    params = list(params)
+    if len(params) != count:
+        raise RequestError(f"{count} prompts and {len(params)} sampling parameters: give one for all, or one for each")
+    return params

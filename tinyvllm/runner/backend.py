@@ -1,0 +1,38 @@
+"""What a backend is: where arrays live, and the operations on them. The rest of the engine asks for nothing else."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Backend(Protocol):
+    """Memory and operations of one device. Arrays are NumPy arrays on the CPU and device arrays on a GPU."""
+
+    name: str  # "cpu" or "cuda"
+    forward: Callable  # tinyvllm.model.llama.forward over this backend's operations
+    argmax: Callable
+    sample: Callable
+
+    def linear_shape(self, num_rows: int, num_columns: int) -> tuple[int, ...]:
+        """Shape in which `linear` keeps a [num_rows, num_columns] weight."""
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Uninitialised array. Raises OutOfDeviceMemoryError, with what was asked for and what is free."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any: ...
+
+    def put_linear(self, destination: Any, row_offset: int, rows: np.ndarray) -> None:
+        """Copy rows [n, K] of a linear weight into place, in this backend's layout."""
+
+    def put(self, destination: Any, row_offset: int, rows: np.ndarray) -> None:
+        """Copy a host array into destination[row_offset:row_offset + len(rows)]."""
+
+    def upload(self, destination: Any, host: np.ndarray) -> Any:
+        """Copy a host array to the front of a flat device buffer; returns the view that holds it, in host's shape."""
+
+    def download(self, source: Any) -> np.ndarray:
+        """Copy to the host, waiting for the device."""
+
+    def memory_info(self) -> tuple[int, int]:
+        """(free, total) bytes."""

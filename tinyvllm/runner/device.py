@@ -1,0 +1,23 @@
+"""Which backend: the GPU if there is a usable one, else the CPU; or exactly what was asked for."""
+
+from tinyvllm.errors import DeviceError
+from tinyvllm.runner.backend import Backend
+
+
+def make_backend(device: str = "auto", enforce_eager: bool = False) -> Backend:
+    """The backend for "auto", "cuda" or "cpu". Raises DeviceError if "cuda" was asked for and cannot be had.
+
+    Backends are imported here, not above: the CPU path must work where numba.cuda cannot even be imported.
+    """
+    if device in ("auto", "cuda"):
+        try:
+            from tinyvllm.runner.cuda import CUDABackend
+
+            return CUDABackend(enforce_eager)
+        except (DeviceError, ImportError) as error:
+            if device == "cuda":
+                raise DeviceError(f"device='cuda' was asked for, but {error}; use device='cpu' or device='auto'") \
+                    from None
+    from tinyvllm.runner.cpu import CPUBackend
+
+    return CPUBackend(enforce_eager)

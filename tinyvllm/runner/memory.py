@@ -1,0 +1,95 @@
+"""How the device's memory is divided: weights, activations, and all the rest to KV-cache blocks."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tinyvllm.config import EngineConfig
+from tinyvllm.errors import ConfigError, OutOfDeviceMemoryError
+from tinyvllm.model.config import ModelConfig
+from tinyvllm.runner.backend import Backend
+from tinyvllm.runner.model_runner import buffer_shapes
+from tinyvllm.runner.weights import weight_shapes
+
+BYTES = 2  # bfloat16 everywhere
+DEFAULT_MAX_NUM_SEQS = {"cpu": 32, "cuda": 256}
+DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
+CPU_KV_SHARE = 0.25  # of the free host memory: a laptop runs other programs too
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Sizes in bytes, and the numbers that EngineConfig left open."""
+
+    weight_bytes: int
+    activation_bytes: int
+    kv_cache_bytes: int
+    block_bytes: int
+    num_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    def describe(self) -> str:
+        gib = 2**30
+        return (f"weights {self.weight_bytes / gib:.2f} GiB, activations {self.activation_bytes / gib:.2f} GiB, "
+                f"KV cache {self.kv_cache_bytes / gib:.2f} GiB in {self.num_blocks} blocks of "
+                f"{self.block_bytes / 1024:.0f} KiB")
+
+
+def plan_memory(model: ModelConfig, engine: EngineConfig, backend: Backend) -> MemoryPlan:
+    """Decide sizes before anything is allocated.
+
+    Raises ConfigError for lengths that the model does not have, OutOfDeviceMemoryError if the plan cannot fit.
+    """
+    if engine.max_model_len is not None and engine.max_model_len > model.max_position_embeddings:
+        raise ConfigError(f"max_model_len={engine.max_model_len} is more than the model's max_position_embeddings="
+                          f"{model.max_position_embeddings}: choose at most that")
+    max_model_len = engine.max_model_len or model.max_position_embeddings
+    max_num_seqs = engine.max_num_seqs or DEFAULT_MAX_NUM_SEQS[backend.name]
+    max_tokens = engine.max_num_batched_tokens or max(DEFAULT_MAX_NUM_BATCHED_TOKENS[backend.name], max_num_seqs)
+    if max_tokens < max_num_seqs and engine.max_num_seqs is None:
+        max_num_seqs = max_tokens
+    if max_tokens < max_num_seqs:
+        raise ConfigError(f"max_num_batched_tokens={max_tokens} is less than max_num_seqs={max_num_seqs}: every "
+                          "running request needs at least one token a step")
+
+    weights = weight_bytes(model, backend)
+    rope_table = max_model_len * model.head_dim * BYTES
+    activations = BYTES * sum(rows * columns for rows, columns in
+                              buffer_shapes(model, max_num_seqs, max_tokens).values()) + rope_table
+    block = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * engine.block_size * BYTES
+    free, total = backend.memory_info()
+    most_useful = max_num_seqs * -(-max_model_len // engine.block_size)
+    if engine.num_blocks is not None:
+        num_blocks = engine.num_blocks
+    elif backend.name == "cuda":
+        budget = min(free, total * engine.gpu_memory_utilization) - weights - activations
+        num_blocks = min(most_useful, int(budget // block))
+    else:
+        num_blocks = min(most_useful, max(1, int((free - weights - activations) * CPU_KV_SHARE // block)))
+    needed = weights + activations + max(1, num_blocks) * block
+    if num_blocks < 1 or needed > free:
+        raise OutOfDeviceMemoryError(
+            f"this does not fit in memory: weights {_gib(weights)}, activations {_gib(activations)} and "
+            f"{max(1, num_blocks)} KV-cache blocks of {engine.block_size} tokens {_gib(max(1, num_blocks) * block)} "
+            f"make {_gib(needed)}, and {_gib(free)} of {_gib(total)} are free; lower num_blocks, "
+            "max_num_batched_tokens, max_num_seqs or max_model_len, or use a smaller model")
+    return MemoryPlan(weights, activations, num_blocks * block, block, num_blocks, max_model_len, max_num_seqs,
+                      max_tokens)
+
+
+def weight_bytes(model: ModelConfig, backend: Backend) -> int:
+    """Bytes of all weights in the backend's layout."""
+    def padded(rows: int, columns: int) -> int:
+        return int(np.prod(backend.linear_shape(rows, columns)))
+
+    elements = (1 if model.tie_word_embeddings else 2) * padded(model.vocab_size, model.hidden_size)
+    elements += model.hidden_size  # the final norm
+    for shape in weight_shapes(model).values():
+        elements += shape[0] * padded(*shape[1:]) if len(shape) == 3 else int(np.prod(shape))
+    return elements * BYTES
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,73 @@
+"""Runs one scheduled step on a backend: build the batch, forward, sample. Only sampled token ids come back."""
+
+import numpy as np
+
+from tinyvllm.engine.scheduler import SchedulerOutput
+from tinyvllm.model.config import ModelConfig
+from tinyvllm.model.llama import Buffers, Dims, KVCache, Weights
+from tinyvllm.runner.backend import Backend
+from tinyvllm.runner.batch import BatchBuilder
+
+
+class ModelRunner:
+    """Owns the device's persistent arrays: KV cache, activations of the largest batch, inputs of a step."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, backend: Backend, *, num_blocks: int, block_size: int,
+                 max_model_len: int, max_num_seqs: int, max_num_batched_tokens: int):
+        self.config = config
+        self.weights = weights
+        self.backend = backend
+        self.dims = Dims(config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads,
+                         config.head_dim, block_size, config.head_dim ** -0.5, config.rms_norm_eps)
+        # Zeroed once: kernels may read whole blocks and weigh what lies past a sequence's end with zero, and zero
+        # times the NaN of uninitialised memory is NaN.
+        shape = (config.num_hidden_layers, num_blocks, config.num_key_value_heads, block_size, config.head_dim)
+        self.kv_cache = KVCache(backend.zeros(shape, np.uint16), backend.zeros(shape, np.uint16))
+        self.buffers = Buffers(**{name: backend.empty(shape, np.uint16) for name, shape in
+                                  buffer_shapes(config, max_num_seqs, max_num_batched_tokens).items()})
+        max_blocks = min(num_blocks, -(-max_model_len // block_size))
+        self.builder = BatchBuilder(max_num_batched_tokens, max_num_seqs, max_blocks, block_size,
+                                    backend.empty, backend.upload)
+        dtypes = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "seed": np.uint64,
+                  "position": np.int64}
+        self._sampling_host = {name: np.zeros(max_num_seqs, dtype) for name, dtype in dtypes.items()}
+        self._sampling_device = {name: backend.empty((max_num_seqs,), dtype) for name, dtype in dtypes.items()}
+        self._token_ids = backend.empty((max_num_seqs,), np.int32)
+
+    def execute(self, output: SchedulerOutput) -> dict[str, int]:
+        """Compute a step; returns request_id -> token for every scheduled request with `sample`."""
+        batch = self.builder.build(output)
+        self.backend.forward(self.weights, self.kv_cache, batch, self.buffers, self.dims)
+        requests = [scheduled.request for scheduled in output.scheduled if scheduled.sample]
+        if not requests:
+            return {}
+        tokens = self.backend.download(self._sample(requests)).tolist()
+        return {request.request_id: token for request, token in zip(requests, tokens)}
+
+    def _sample(self, requests):
+        num = len(requests)
+        token_ids, logits = self._token_ids[:num], self.buffers.logits[:num]
+        if all(request.params.temperature == 0 for request in requests):
+            self.backend.argmax(token_ids, logits)
+            return token_ids
+        host = self._sampling_host
+        for i, request in enumerate(requests):
+            host["temperature"][i] = request.params.temperature
+            host["top_k"][i] = request.params.top_k
+            host["top_p"][i] = request.params.top_p
+            host["seed"][i] = request.seed
+            host["position"][i] = request.num_tokens  # the position that the new token will take
+        device = {name: self.backend.upload(self._sampling_device[name], host[name][:num]) for name in host}
+        self.backend.sample(token_ids, logits, device["temperature"], device["top_k"], device["top_p"],
+                            device["seed"], device["position"])
+        return token_ids
+
+
+def buffer_shapes(config: ModelConfig, max_num_seqs: int, max_num_batched_tokens: int) -> dict[str, tuple[int, int]]:
+    """Shapes of the activation buffers (2 bytes an element)."""
+    tokens, hidden = max_num_batched_tokens, config.hidden_size
+    qkv = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    return {"residual": (tokens, hidden), "hidden": (tokens, hidden), "qkv": (tokens, qkv),
+            "attn": (tokens, config.num_attention_heads * config.head_dim),
+            "gate_up": (tokens, 2 * config.intermediate_size), "act": (tokens, config.intermediate_size),
+            "last": (max_num_seqs, hidden), "logits": (max_num_seqs, config.vocab_size)}
