@@ -83,7 +83,8 @@ CHAT_TEMPLATE = """\
     {%- if turn["role"] not in ["user", "assistant"] %}
         {{- raise_exception("Only user and assistant turns may follow the system turn.") }}
     {%- endif %}
-    {{- "<|start_header_id|>" + turn["role"] + "<|end_header_id|>\\n\\n" + turn["content"] | trim + "<|eot_id|>" }}
+    {{- "<|start_header_id|>" + turn["role"] + "<|end_header_id|>\\n\\n" + turn["content"] | trim +
+    "<|eot_id|>" }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- "<|start_header_id|>assistant<|end_header_id|>\\n\\n" }}
@@ -118,7 +119,8 @@ def float32_to_bf16_bits(values):
 
 
 def encode_array(values, dtype):
-    """float32 values -> (safetensors dtype, array whose bytes are the payload) for a config.json dtype name."""
+    """float32 values -> (safetensors dtype, array whose bytes are the payload) for a config.json dtype "
+    "name."""
     if dtype == "bfloat16":
         return "BF16", float32_to_bf16_bits(values)
     if dtype == "float16":

@@ -170,11 +170,17 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
     from tinyvllm.inspect import inspect_model
+    from tinyvllm.loader.resolve import resolve_model
 
     memory = None if arguments.memory is None else int(arguments.memory * 2**30)
-    report = inspect_model(arguments.model, block_size=arguments.block_size, memory=memory)
-    report.print()
+    report = inspect_model(resolve_model(arguments.model), block_size=arguments.block_size, memory=memory)
+    if sys.stdout.isatty():
+        Console().print(report)
+    else:  # whole lines for files and pipes, whatever the width
+        print(report.text())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from tqdm.auto import tqdm
 from tinyvllm.config import EngineConfig
 from tinyvllm.engine.llm_engine import LLMEngine
 from tinyvllm.errors import ConfigError, OutOfDeviceMemoryError, RequestError, TokenizerError
-from tinyvllm.loader.checkpoint import Checkpoint, load_weights, resolve_model
+from tinyvllm.loader.checkpoint import Checkpoint
+from tinyvllm.loader.resolve import resolve_model
+from tinyvllm.loader.weights import load_weights
 from tinyvllm.model.config import ModelConfig
 from tinyvllm.options import refuse_unknown_options
 from tinyvllm.outputs import RequestOutput
@@ -58,8 +60,11 @@ class LLM:
         self._inbox: dict[str, deque[RequestOutput]] = {}  # outputs of requests that a stream() is reading
         self.model_path: Path = resolve_model(str(model))
         self.model_config = ModelConfig.from_folder(self.model_path)
-        self.tokenizer = None if skip_tokenizer_init else Tokenizer(self.model_path)
-        checkpoint = Checkpoint(self.model_path, self.model_config)
+        self.tokenizer = None if skip_tokenizer_init else Tokenizer.from_folder(self.model_path)
+        if self.tokenizer is not None:
+            self.tokenizer.check_fits(self.model_config.vocab_size)
+        checkpoint = Checkpoint(self.model_path)
+        checkpoint.check(self.model_config)
         backend = make_backend(device, enforce_eager)
         # Planned before anything is allocated: a plan that cannot fit is refused with its numbers.
         self.memory_plan = plan_memory(self.model_config, self.engine_config, backend)
@@ -120,8 +125,8 @@ class LLM:
         """The token ids of a conversation: exactly one beginning-of-text token, the template's own."""
         if self.tokenizer is None:
             raise TokenizerError("chat needs a tokenizer, and this engine was made with skip_tokenizer_init=True")
-        return self.tokenizer.encode_chat(messages, add_generation_prompt=add_generation_prompt,
-                                          date_string=date_string)
+        options = {} if date_string is None else {"date_string": date_string}
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **options)
 
     def stream(self, prompt: Any, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Generate for one prompt and yield an output after every token: `out.outputs[0].new_text` is what is new.

@@ -53,7 +53,7 @@ def run_demo(make_llm: Callable, live: bool = True, console: Console | None = No
     start = time.perf_counter()
     console.print("Loading the model (the first time, its kernels are compiled: up to half a minute) ...")
     llm = make_llm()
-    if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
+    if llm.tokenizer is None or not llm.tokenizer.chat_template:
         raise TokenizerError(f"the demo chats, and {llm.model_path} has no chat template: "
                              "use `tinyvllm generate` with this model")
     loaded = time.perf_counter()

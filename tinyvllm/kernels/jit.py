@@ -192,6 +192,18 @@ class KernelCache(_Cache):
         name = f"{self._function.__name__}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
         return cache_dir() / _STAMP / name, key
 
+    # How a compiled function becomes bytes and back (cuda_cache.py has its own three).
+
+    def _load(self, target_context, payload: bytes):
+        return compiler.CompileResult._rebuild(target_context, *pickle.loads(payload))
+
+    def _dump(self, result) -> bytes:
+        return dumps(result._reduce())
+
+    def _cacheable(self, result) -> bool:
+        """False for machine code with addresses of this process in it."""
+        return not result.library.has_dynamic_globals and all(lifted.can_cache for lifted in result.lifted)
+
     def load_overload(self, signature, target_context):
         """The compiled function of this signature, or None when it is not there or not readable."""
         if not self._enabled or cache_dir() is None:
@@ -202,7 +214,7 @@ class KernelCache(_Cache):
             stored_key, payload = pickle.loads(path.read_bytes())
             if stored_key != key:
                 return None
-            return compiler.CompileResult._rebuild(target_context, *pickle.loads(payload))
+            return self._load(target_context, payload)
         except FileNotFoundError:
             return None
         except Exception as error:  # damaged, or of a kind that this numba cannot read: compile instead
@@ -213,15 +225,15 @@ class KernelCache(_Cache):
         """Write the compiled function; a full or read-only disk costs the next start its time, nothing else."""
         if not self._enabled or cache_dir() is None:
             return
-        if result.library.has_dynamic_globals or any(not lifted.can_cache for lifted in result.lifted):
-            return  # machine code with addresses of this process in it
+        if not self._cacheable(result):
+            return
         path, key = self._entry(signature, result.codegen)
         try:
             if not path.parent.exists():
                 path.parent.mkdir(mode=0o700, exist_ok=True)
                 _forget_old_stamps(path.parent.parent)
             with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-                file.write(pickle.dumps((key, dumps(result._reduce()))))
+                file.write(pickle.dumps((key, self._dump(result))))
             os.replace(file.name, path)
         except OSError as error:
             warnings.warn(f"compiled kernels cannot be kept in {path.parent}: {error}")

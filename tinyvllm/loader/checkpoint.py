@@ -4,8 +4,8 @@
     model.safetensors.index.json                         {"weight_map": {tensor name: file name}, ...}
     model-00001-of-00002.safetensors, ...                the files it names
 
-`Checkpoint` finds and opens them; `check` compares the set of tensors with what the architecture expects, both
-ways: a weight that is missing would be random, one that is left over means that the model is not what
+`Checkpoint` finds and opens them; `check` compares the set of tensors with what the architecture expects,
+both ways: a weight that is missing would be random, one that is left over means that the model is not what
 config.json says.
 """
 
@@ -30,10 +30,11 @@ _COMPARE_BYTES = 1 << 24  # at a time, when two tensors must be equal
 class Checkpoint:
     """The open safetensors files of a folder. Raises ModelNotFoundError or ModelFileError.
 
+    config: if given, the tensors are checked against it at once (see `check`).
     files: in the order of their names. tensors: {name: (file, TensorInfo)} over all of them.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, config: ModelConfig | None = None):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ModelNotFoundError(f"{self.folder} is not a folder: give the folder that holds config.json")
@@ -50,6 +51,8 @@ class Checkpoint:
             raise ModelNotFoundError(
                 f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{self._hint_at_other_formats()}"
             )
+        if config is not None:
+            self.check(config)
 
     @property
     def nbytes(self) -> int:
@@ -61,14 +64,14 @@ class Checkpoint:
         return self._find(name)[1]
 
     def array(self, name: str) -> np.ndarray:
-        """The tensor as a read-only view of its file, no copy: BF16 as uint16 bits, F16 and F32 as they are."""
+        """The tensor as a read-only view of its file, no copy: BF16 as uint16 bits, else as it is."""
         return self._find(name)[0].array(name)
 
     def check(self, config: ModelConfig) -> None:
         """Raise ModelFileError unless the tensors are exactly those of `config`, in shape and dtype too.
 
-        Two kinds of extra tensors are let pass: a tied model's lm_head.weight that equals the embedding bit for
-        bit, and rotary_emb.inv_freq buffers, which follow from config.json.
+        Two kinds of extra tensors are let pass: a tied model's lm_head.weight that equals the embedding bit
+        for bit, and rotary_emb.inv_freq buffers, which follow from config.json.
         """
         pieces = ARCHITECTURES[config.architecture].pieces(config)
         expected = {piece.name: piece.shape for piece in pieces}
@@ -88,8 +91,8 @@ class Checkpoint:
             extra.remove(LM_HEAD)
         if extra:
             raise ModelFileError(
-                f"{self.folder}: the checkpoint has {_listed(extra)} that {config.architecture} does not use, as "
-                "config.json describes it"
+                f"{self.folder}: the checkpoint has {_listed(extra)} that {config.architecture} does not "
+                "use, as config.json describes it"
             )
         for name, shape in expected.items():
             file, info = self.tensors[name]
@@ -100,8 +103,8 @@ class Checkpoint:
                 )
             if info.dtype not in WEIGHT_DTYPES:
                 raise ModelFileError(
-                    f"{file.path}: tensor {name!r} has dtype {info.dtype}, which is not supported for weights "
-                    f"(supported: {', '.join(WEIGHT_DTYPES)})"
+                    f"{file.path}: tensor {name!r} has dtype {info.dtype}, which is not supported for "
+                    f"weights (supported: {', '.join(WEIGHT_DTYPES)})"
                 )
 
     # ---- details ----
@@ -116,8 +119,8 @@ class Checkpoint:
             for info in file:
                 if info.name in self.tensors:
                     raise ModelFileError(
-                        f"{self.folder}: tensor {info.name!r} is in two files, {self._find(info.name)[0].path.name} "
-                        f"and {file.path.name}"
+                        f"{self.folder}: tensor {info.name!r} is in two files, "
+                        f"{self._find(info.name)[0].path.name} and {file.path.name}"
                     )
                 self.tensors[info.name] = (file, info)
 
@@ -130,7 +133,8 @@ class Checkpoint:
             # A name with a folder in it could point outside the model, so none may have one.
             if not isinstance(file_name, str) or not file_name or Path(file_name).name != file_name:
                 raise ModelFileError(
-                    f"{path}: weight_map puts {name!r} into {file_name!r}, which is not the plain name of a file"
+                    f"{path}: weight_map puts {name!r} into {file_name!r}, which is not the plain name of a "
+                    "file"
                 )
         return weight_map
 
@@ -138,8 +142,8 @@ class Checkpoint:
         missing = [name for name in names if not (self.folder / name).exists()]
         if missing:
             raise ModelNotFoundError(
-                f"{self.folder}: {len(missing)} of the {len(names)} files that {INDEX_FILE} names are missing: "
-                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. Download them"
+                f"{self.folder}: {len(missing)} of the {len(names)} files that {INDEX_FILE} names are "
+                f"missing: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. Download them"
             )
         return [SafetensorsFile(self.folder / name) for name in names]
 
@@ -165,8 +169,8 @@ class Checkpoint:
         same = (head.shape, head.dtype) == (embed.shape, embed.dtype)
         if not (same and _equal_bits(self.array(LM_HEAD), self.array(EMBED))):
             raise ModelFileError(
-                f'{head_file.path}: config.json says "tie_word_embeddings": true, but {LM_HEAD} differs from {EMBED}. '
-                "If the model has an output layer of its own, config.json must say false"
+                f'{head_file.path}: config.json says "tie_word_embeddings": true, but {LM_HEAD} differs from '
+                f"{EMBED}. If the model has an output layer of its own, config.json must say false"
             )
 
     def _hint_at_other_formats(self) -> str:
@@ -177,7 +181,10 @@ class Checkpoint:
         )
         if not other:
             return ": these hold a model's weights"
-        return f". It has {', '.join(other[:3])}, but only weights under those names are read: save them as safetensors"
+        return (
+            f". It has {', '.join(other[:3])}, but only weights under those names are read: save them as "
+            "safetensors"
+        )
 
 
 def _equal_bits(a: np.ndarray, b: np.ndarray) -> bool:

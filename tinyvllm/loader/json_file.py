@@ -10,7 +10,8 @@ from tinyvllm.errors import ModelFileError, ModelNotFoundError, TinyVLLMError
 def read_json_object(path: str | Path, error: type[TinyVLLMError] = ModelFileError) -> dict[str, Any]:
     """The JSON object in the file `path`.
 
-    Raises ModelNotFoundError if there is no such file, and `error` if it is not UTF-8, not JSON, or not an object.
+    Raises ModelNotFoundError if there is no such file, and `error` if it is not UTF-8, not JSON, or not an
+    object.
     """
     path = Path(path)
     try:

@@ -63,8 +63,8 @@ def _cached_snapshot(hub_id: str) -> Path:
     advice = f"download it with `hf download {hub_id}` (or `huggingface-cli download {hub_id}`)"
     if not repository.is_dir():
         raise ModelNotFoundError(
-            f"no model {hub_id!r}: there is no such folder, and the local Hugging Face cache ({cache}) does not have "
-            f"it. If it is a hub id, {advice}; nothing is downloaded here"
+            f"no model {hub_id!r}: there is no such folder, and the local Hugging Face cache ({cache}) does "
+            f"not have it. If it is a hub id, {advice}; nothing is downloaded here"
         )
     snapshots = sorted(path for path in (repository / "snapshots").glob("*") if path.is_dir())
     main = repository / "refs" / "main"
@@ -75,7 +75,8 @@ def _cached_snapshot(hub_id: str) -> Path:
     else:
         choices = f"one of {', '.join(map(str, snapshots))}" if snapshots else "none is there"
         raise ModelNotFoundError(
-            f"the cache entry {repository} has no main revision: give the path of a snapshot ({choices}), or {advice}"
+            f"the cache entry {repository} has no main revision: give the path of a snapshot ({choices}), or "
+            f"{advice}"
         )
     if not (snapshot / "config.json").is_file():
         raise ModelNotFoundError(

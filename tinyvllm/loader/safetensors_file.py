@@ -101,8 +101,8 @@ class SafetensorsFile:
         info = self.info(name)
         if info.dtype not in WEIGHT_DTYPES:
             raise self._error(
-                f"tensor {name!r} has dtype {info.dtype}, which is not supported for weights "
-                f"(supported: {', '.join(WEIGHT_DTYPES)})"
+                f"tensor {name!r} has dtype {info.dtype}, which is not supported for weights (supported: "
+                f"{', '.join(WEIGHT_DTYPES)})"
             )
         flat = np.frombuffer(self._map, WEIGHT_DTYPES[info.dtype], count=info.num_elements, offset=info.begin)
         return flat.reshape(info.shape)
@@ -122,12 +122,13 @@ class SafetensorsFile:
                 start = file.read(64)
                 if start.startswith(b"version https://git-lfs"):
                     raise self._error(
-                        "this is a Git LFS pointer and not the weights themselves: fetch them with `git lfs pull`"
+                        "this is a Git LFS pointer and not the weights themselves: fetch them with `git lfs "
+                        "pull`"
                     )
                 if len(start) < 8:
                     raise self._error(
-                        f"the file has {len(start)} bytes; a safetensors file begins with an 8-byte header length. "
-                        "Download it again"
+                        f"the file has {len(start)} bytes; a safetensors file begins with an 8-byte header "
+                        "length. Download it again"
                     )
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
@@ -139,8 +140,8 @@ class SafetensorsFile:
         length = int.from_bytes(self._map[:8], "little")
         if length > self.size - 8:
             raise self._error(
-                f"the header says it is {length:,} bytes long, but only {self.size - 8:,} bytes follow: the file is "
-                "truncated, or not a safetensors file. Download it again"
+                f"the header says it is {length:,} bytes long, but only {self.size - 8:,} bytes follow: the "
+                "file is truncated, or not a safetensors file. Download it again"
             )
         if length > MAX_HEADER_BYTES:
             raise self._error(
@@ -197,8 +198,8 @@ class SafetensorsFile:
         bits = math.prod(shape) * DTYPE_BITS[dtype]
         if bits != 8 * (end - begin):
             raise self._error(
-                f"tensor {name!r} has {end - begin:,} bytes of data, but {dtype} of shape {shape} "
-                f"takes {bits / 8:,.10g}"
+                f"tensor {name!r} has {end - begin:,} bytes of data, but {dtype} of shape {shape} takes "
+                f"{bits / 8:,.10g}"
             )
         return TensorInfo(name, dtype, tuple(shape), self.data_start + begin, self.data_start + end)
 
@@ -208,8 +209,8 @@ class SafetensorsFile:
         for info in infos:
             if info.begin < position:
                 raise self._error(
-                    f"tensor {info.name!r} (bytes {info.begin:,} to {info.end:,} of the file) overlaps {before}, "
-                    f"which ends at byte {position:,}"
+                    f"tensor {info.name!r} (bytes {info.begin:,} to {info.end:,} of the file) overlaps "
+                    f"{before}, which ends at byte {position:,}"
                 )
             if info.begin > position:
                 if info.end > self.size:
@@ -225,8 +226,9 @@ class SafetensorsFile:
         if position > self.size:
             cut = next(info for info in infos if info.end > self.size)
             raise self._error(
-                f"the file is truncated: its header describes {position:,} bytes and it has {self.size:,}, so "
-                f"{position - self.size:,} bytes are missing, from tensor {cut.name!r} on. Download it again"
+                f"the file is truncated: its header describes {position:,} bytes and it has {self.size:,}, "
+                f"so {position - self.size:,} bytes are missing, from tensor {cut.name!r} on. Download it "
+                "again"
             )
         if position < self.size:
             raise self._error(

@@ -1,8 +1,8 @@
 """From a checkpoint to the stacked bfloat16 weights that the kernels read.
 
-Weights are bfloat16 in memory and products accumulate in float32, whatever the files hold: bfloat16 tensors are
-passed on as they lie in the memory map, float16 and float32 ones are rounded to bfloat16, to nearest even, here
-and once. (A float16 value keeps 8 of its 11 significant bits, and nothing of it overflows.)
+Weights are bfloat16 in memory and products accumulate in float32, whatever the files hold: bfloat16 tensors
+are passed on as they lie in the memory map, float16 and float32 ones are rounded to bfloat16, to nearest
+even, here and once. (A float16 value keeps 8 of its 11 significant bits, and nothing of it overflows.)
 
 The caller owns the destination, on the host or on a device, in whatever layout its kernels like; it gets the
 pieces one by one, so that the model is never in memory twice.
@@ -36,12 +36,12 @@ def load_weights(
 ) -> None:
     """Check the checkpoint against `config` and hand every weight to `sink(kind, layer, row_offset, bits)`.
 
-    bits is a uint16 array of bfloat16 patterns, C-contiguous, [rows, columns] or [rows]; it fills the rows from
-    row_offset of that layer of `stacked_shapes(config)[kind]`. A bfloat16 tensor is a read-only view of the
-    file: copy what you keep. A tied model has no "lm_head", a model without biases no "..._bias".
+    bits is a uint16 array of bfloat16 patterns, C-contiguous, [rows, columns] or [rows]; it fills the rows
+    from row_offset of that layer of `stacked_shapes(config)[kind]`. A bfloat16 tensor is a read-only view of
+    the file: copy what you keep. A tied model has no "lm_head", a model without biases no "..._bias".
 
-    joined: hand over each layer's qkv and gate_up as one array (row_offset is then always 0), at the price of a
-    copy of that one array. progress: show a bar, by bytes read.
+    joined: hand over each layer's qkv and gate_up as one array (row_offset is then always 0), at the price of
+    a copy of that one array. progress: show a bar, by bytes read.
 
     Raises ModelFileError or ModelNotFoundError, before the first call of `sink`.
     """
@@ -83,7 +83,7 @@ def numpy_weights(checkpoint: Checkpoint | str | Path, config: ModelConfig) -> d
 
 
 def to_bf16_bits(values: np.ndarray) -> np.ndarray:
-    """bfloat16 bits (uint16) of float32 or float16 values, to nearest even; uint16 is passed through as it is."""
+    """bfloat16 bits (uint16) of float32 or float16 values, to nearest even; uint16 is passed through."""
     if values.dtype == np.uint16:
         return values
     bits = np.empty(values.shape, dtype=np.uint16)

@@ -23,8 +23,8 @@ BYTES_PER_VALUE = 2  # bfloat16: weights, activations, keys and values on the de
 class ModelConfig:
     """The sizes and constants of a Llama-family model. Field names are those of config.json.
 
-    num_key_value_heads: groups of num_attention_heads / num_key_value_heads query heads share a key head (GQA).
-    rope: the rotary embedding, from whichever spelling the file uses.
+    num_key_value_heads: groups of num_attention_heads / num_key_value_heads query heads share a key head
+    (GQA). rope: the rotary embedding, from whichever spelling the file uses.
     bos_token_id: the beginning-of-sequence id, or None. eos_token_ids: every id that ends a sequence;
     generation_config.json's list wins over config.json's.
     dtype: what config.json says the weights are stored as; the tensors' own dtypes decide when loading.
@@ -52,14 +52,15 @@ class ModelConfig:
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
         """Read config.json and, if it is there, generation_config.json of a Hugging Face folder.
 
-        Raises ModelNotFoundError without a config.json, ModelFileError if one is not JSON, ConfigError if this
-        engine cannot run what it describes.
+        Raises ModelNotFoundError without a config.json, ModelFileError if one is not JSON, ConfigError if
+        this engine cannot run what it describes.
         """
         folder = Path(folder)
         path = folder / "config.json"
         if not path.is_file():
             raise ModelNotFoundError(
-                f"{folder} has no config.json: a model folder holds config.json, tokenizer.json and *.safetensors"
+                f"{folder} has no config.json: a model folder holds config.json, tokenizer.json and "
+                "*.safetensors"
             )
         generation = folder / "generation_config.json"
         return cls.from_dict(
@@ -80,7 +81,8 @@ class ModelConfig:
         kv_heads = _size(config, "num_key_value_heads", default=heads)
         if heads % kv_heads:
             raise ConfigError(
-                f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+                f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads "
+                f"{kv_heads}"
             )
         bos, eos = _special_ids(config, generation_config or {}, vocab_size)
         return cls(
@@ -159,8 +161,8 @@ def _refuse_what_changes_the_model(config: Mapping[str, Any]) -> None:
     other = sorted({str(kind) for kind in config.get("layer_types") or ()} - {"full_attention"})
     if other:
         raise ConfigError(
-            f"config.json: layer_types has {', '.join(map(repr, other))}, which is not supported "
-            "(supported: 'full_attention')"
+            f"config.json: layer_types has {', '.join(map(repr, other))}, which is not supported (supported: "
+            "'full_attention')"
         )
 
 
@@ -201,8 +203,8 @@ def _head_dim(config: Mapping[str, Any], hidden_size: int, heads: int) -> int:
         head_dim, origin = _size(config, "head_dim"), ""
     if head_dim not in HEAD_DIMS:
         raise ConfigError(
-            f"config.json: head_dim {head_dim}{origin} is not supported "
-            f"(supported: {', '.join(map(str, HEAD_DIMS))})"
+            f"config.json: head_dim {head_dim}{origin} is not supported (supported: "
+            f"{', '.join(map(str, HEAD_DIMS))})"
         )
     return head_dim
 

@@ -1,15 +1,15 @@
 """The tensors of a Llama checkpoint, and where each goes in the stacked weights that the kernels read.
 
-A checkpoint has a tensor per projection and layer. The engine keeps one array per kind, stacked over layers, and
-joins what is multiplied by the same input, so that a layer needs four matrix products instead of seven:
+A checkpoint has a tensor per projection and layer. The engine keeps one array per kind, stacked over layers,
+and joins what is multiplied by the same input, so that a layer needs four matrix products instead of seven:
 
     qkv [L, (Hq + 2 Hkv) D, H]     rows   0 ........ Hq D ....... (Hq + Hkv) D ....... (Hq + 2 Hkv) D
                                           | q_proj   | k_proj     | v_proj             |
     gate_up [L, 2 I, H]            rows   0 ........ I .......... 2 I
                                           | gate_proj| up_proj    |
 
-This file is the one table of those facts: what must be in a checkpoint follows from it (`expected_tensors`), and
-so does how much to allocate (`stacked_shapes`).
+This file is the one table of those facts: what must be in a checkpoint follows from it (`expected_tensors`),
+and so does how much to allocate (`stacked_shapes`).
 """
 
 import re

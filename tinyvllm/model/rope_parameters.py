@@ -1,7 +1,7 @@
 """What config.json says about rotary position embeddings, in any of its spellings.
 
-    older files   "rope_theta": 500000.0,  "rope_scaling": {"type" or "rope_type": "llama3", "factor": 32.0, ...}
-    newer files   "rope_parameters": {"rope_theta": 500000.0, "rope_type": "llama3", "factor": 32.0, ...}
+    older files   "rope_theta": 500000.0,  "rope_scaling": {"rope_type" (or "type"): "llama3", ...}
+    newer files   "rope_parameters": {"rope_theta": 500000.0, "rope_type": "llama3", ...}
 
 The tables made from it are in rope_table.py.
 """
@@ -44,13 +44,13 @@ class RopeParameters:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "RopeParameters":
-        """Read them from a config.json dict. Raises ConfigError for what is unknown, missing or contradictory."""
+        """Read them from a config.json dict. Raises ConfigError if something is unknown or missing."""
         section, given = _rope_section(config)
         unknown = sorted(set(given) - _KNOWN_KEYS)
         if unknown:
             raise ConfigError(
-                f"config.json: {section} has the key(s) {', '.join(map(repr, unknown))}, which are not supported "
-                f"(known: {', '.join(sorted(_KNOWN_KEYS))})"
+                f"config.json: {section} has the key(s) {', '.join(map(repr, unknown))}, which are not "
+                f"supported (known: {', '.join(sorted(_KNOWN_KEYS))})"
             )
         rope_type = _rope_type(section, given)
         missing = [key for key in ROPE_TYPES[rope_type] if given.get(key) is None]
@@ -60,8 +60,8 @@ class RopeParameters:
             )
         if rope_type == "default" and given.get("factor") not in (None, 1, 1.0):
             raise ConfigError(
-                f"config.json: {section} has factor {given['factor']!r} but type 'default', which does not scale: "
-                "give the type ('linear' or 'llama3') or leave out the factor"
+                f"config.json: {section} has factor {given['factor']!r} but type 'default', which does not "
+                "scale: give the type ('linear' or 'llama3') or leave out the factor"
             )
         numbers = {
             key: _positive(section, key, given[key])
@@ -76,8 +76,8 @@ class RopeParameters:
         )
         if rope_type == "llama3" and parameters.high_freq_factor <= parameters.low_freq_factor:
             raise ConfigError(
-                f"config.json: {section} has high_freq_factor {parameters.high_freq_factor:g}, which must be above "
-                f"low_freq_factor {parameters.low_freq_factor:g}"
+                f"config.json: {section} has high_freq_factor {parameters.high_freq_factor:g}, which must be "
+                f"above low_freq_factor {parameters.low_freq_factor:g}"
             )
         return parameters
 

@@ -9,9 +9,9 @@ A model trained on short contexts has never seen the slow pairs turn far. Two wa
 
     linear   every f_i divided by `factor` (Chen et al., "Extending context window ...", 2023)
     llama3   by wavelength 2 pi / f_i, in tokens of the original context C (Llama 3.1's own scheme):
-                 shorter than C / high_freq_factor       f_i               turns often: keeps local order sharp
-                 longer than C / low_freq_factor         f_i / factor      never came round: stretched
-                 between                                 a blend of both, linear in C / wavelength
+                 shorter than C / high_freq_factor    f_i            turns often, keeps local order sharp
+                 longer than C / low_freq_factor      f_i / factor   never came round: stretched
+                 between                              a blend of both, linear in C / wavelength
 
 Angles, cosines and sines are float32 and then rounded to bfloat16, the rounding points of the reference
 implementation. Powers and cosines are taken in float64 and rounded once, which is the float32 nearest to the

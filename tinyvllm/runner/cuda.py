@@ -4,7 +4,7 @@ import numpy as np
 
 from tinyvllm.errors import OutOfDeviceMemoryError
 from tinyvllm.kernels import cuda_backend
-from tinyvllm.kernels.cuda_support import cuda, require_gpu
+from tinyvllm.kernels.cuda_support import cuda, require_cuda
 from tinyvllm.model import llama
 
 _CUDA_ERROR_OUT_OF_MEMORY = 2
@@ -19,7 +19,7 @@ class CUDABackend:
     name = "cuda"
 
     def __init__(self, enforce_eager: bool = False):
-        require_gpu()
+        require_cuda()
         self.forward = llama.bind(cuda_backend.OPS)
         self.argmax = cuda_backend.OPS["argmax"]
         self.sample = cuda_backend.OPS["sample"]

@@ -2,14 +2,12 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from tinyvllm.config import EngineConfig
 from tinyvllm.errors import ConfigError, OutOfDeviceMemoryError
 from tinyvllm.model.config import ModelConfig
 from tinyvllm.runner.backend import Backend
 from tinyvllm.runner.model_runner import buffer_shapes
-from tinyvllm.runner.weights import weight_shapes
+from tinyvllm.runner.weights import weight_bytes
 
 BYTES = 2  # bfloat16 everywhere
 DEFAULT_MAX_NUM_SEQS = {"cpu": 32, "cuda": 256}
@@ -58,7 +56,7 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, backend: Backend) -> M
     rope_table = max_model_len * model.head_dim * BYTES
     activations = BYTES * sum(rows * columns for rows, columns in
                               buffer_shapes(model, max_num_seqs, max_tokens).values()) + rope_table
-    block = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * engine.block_size * BYTES
+    block = model.kv_bytes_per_block(engine.block_size)
     free, total = backend.memory_info()
     most_useful = max_num_seqs * -(-max_model_len // engine.block_size)
     if engine.num_blocks is not None:
@@ -77,18 +75,6 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, backend: Backend) -> M
             "max_num_batched_tokens, max_num_seqs or max_model_len, or use a smaller model")
     return MemoryPlan(weights, activations, num_blocks * block, block, num_blocks, max_model_len, max_num_seqs,
                       max_tokens)
-
-
-def weight_bytes(model: ModelConfig, backend: Backend) -> int:
-    """Bytes of all weights in the backend's layout."""
-    def padded(rows: int, columns: int) -> int:
-        return int(np.prod(backend.linear_shape(rows, columns)))
-
-    elements = (1 if model.tie_word_embeddings else 2) * padded(model.vocab_size, model.hidden_size)
-    elements += model.hidden_size  # the final norm
-    for shape in weight_shapes(model).values():
-        elements += shape[0] * padded(*shape[1:]) if len(shape) == 3 else int(np.prod(shape))
-    return elements * BYTES
 
 
 def _gib(size: float) -> str:

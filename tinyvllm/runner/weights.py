@@ -1,25 +1,27 @@
 """From a checkpoint's tensors to a backend's stacked arrays, without holding the model twice."""
 
+import math
+
 import numpy as np
 
 from tinyvllm.model.config import ModelConfig
 from tinyvllm.model.llama import Weights
+from tinyvllm.model.llama_weights import stacked_shapes
 from tinyvllm.model.rope_table import cos_sin_table
 from tinyvllm.runner.backend import Backend
 
+LINEAR_KINDS = ("embed", "qkv", "o", "gate_up", "down", "lm_head")  # these the backend may lay out in its own way
 
-def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, int, int] | tuple[int, int]]:
-    """Linear kinds as (layers, rows, columns), vectors as (layers, length); the embedding tables apart."""
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    heads = config.num_attention_heads * config.head_dim
-    qkv = heads + 2 * config.num_key_value_heads * config.head_dim
-    inner = config.intermediate_size
-    attention_bias, mlp_bias = config.attention_bias, config.mlp_bias
-    return {"qkv": (layers, qkv, hidden), "o": (layers, hidden, heads),
-            "gate_up": (layers, 2 * inner, hidden), "down": (layers, hidden, inner),
-            "qkv_bias": (layers, qkv * attention_bias), "o_bias": (layers, hidden * attention_bias),
-            "gate_up_bias": (layers, 2 * inner * mlp_bias), "down_bias": (layers, hidden * mlp_bias),
-            "input_norm": (layers, hidden), "post_attention_norm": (layers, hidden)}
+
+def device_shapes(config: ModelConfig, backend: Backend) -> dict[str, tuple[int, ...]]:
+    """{kind: shape} of the stacked arrays as this backend keeps them (a tied model has no "lm_head")."""
+    return {kind: (*shape[:-2], *backend.linear_shape(*shape[-2:])) if kind in LINEAR_KINDS else shape
+            for kind, shape in stacked_shapes(config).items()}
+
+
+def weight_bytes(config: ModelConfig, backend: Backend) -> int:
+    """Bytes of all weights in this backend's layout."""
+    return 2 * sum(math.prod(shape) for shape in device_shapes(config, backend).values())
 
 
 class WeightStore:
@@ -30,21 +32,11 @@ class WeightStore:
 
     def __init__(self, config: ModelConfig, backend: Backend):
         self.config, self.backend = config, backend
-        self.arrays = {}
-        for kind, shape in weight_shapes(config).items():
-            if len(shape) == 3:
-                layers, rows, columns = shape
-                shape = (layers, *backend.linear_shape(rows, columns))
-            self.arrays[kind] = backend.empty(shape, np.uint16)
-        table = backend.linear_shape(config.vocab_size, config.hidden_size)
-        self.arrays["embed"] = backend.empty(table, np.uint16)
-        self.arrays["lm_head"] = (self.arrays["embed"] if config.tie_word_embeddings
-                                  else backend.empty(table, np.uint16))
-        self.arrays["final_norm"] = backend.empty((config.hidden_size,), np.uint16)
+        self.arrays = {kind: backend.empty(shape, np.uint16) for kind, shape in device_shapes(config, backend).items()}
 
     def __call__(self, kind: str, layer: int | None, row_offset: int, rows: np.ndarray) -> None:
         destination = self.arrays[kind] if layer is None else self.arrays[kind][layer]
-        put = self.backend.put_linear if rows.ndim == 2 else self.backend.put
+        put = self.backend.put_linear if kind in LINEAR_KINDS else self.backend.put
         put(destination, row_offset, rows)
 
     def finish(self, max_model_len: int) -> Weights:
@@ -52,4 +44,5 @@ class WeightStore:
         table = cos_sin_table(self.config, max_model_len)
         cos_sin = self.backend.empty(table.shape, np.uint16)
         self.backend.put(cos_sin, 0, table)
-        return Weights(**self.arrays, no_bias=self.backend.empty((0,), np.uint16), cos_sin=cos_sin)
+        arrays = {"lm_head": self.arrays["embed"], **self.arrays}  # tied: the very same array
+        return Weights(**arrays, no_bias=self.backend.empty((0,), np.uint16), cos_sin=cos_sin)

@@ -1,0 +1,231 @@
+"""LLM: the public API, in the shape of vLLM's offline class."""
+
+import pytest
+
+from tests.model_files import special_token_ids, write_tiny_model
+from tinyvllm import LLM, SamplingParams
+from tinyvllm.errors import ConfigError, DeviceError, ModelNotFoundError, RequestError, TokenizerError, TinyVLLMError
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+def text_of(output):
+    return output.outputs[0].text
+
+
+def test_generate_takes_text_lists_token_ids_and_dictionaries(llm):
+    text = "The fox found a lantern."
+    ids = llm.tokenizer.encode_prompt(text)
+    single = llm.generate(text, GREEDY)
+    assert len(single) == 1 and single[0].prompt == text and single[0].prompt_token_ids == ids
+    assert single[0].finished and single[0].outputs[0].finish_reason == "length"
+    assert len(single[0].outputs[0].token_ids) == 12
+    as_ids = llm.generate(ids, GREEDY)
+    mixed = llm.generate([text, {"prompt_token_ids": ids}, ids, {"prompt": text}], GREEDY)
+    assert [text_of(o) for o in as_ids + mixed] == [text_of(single[0])] * 5
+    assert mixed[1].prompt is None
+
+
+def test_outputs_keep_the_order_of_the_prompts_and_their_own_parameters(llm):
+    prompts = [f"Prompt number {i}" for i in range(6)]
+    params = [SamplingParams(temperature=0, max_tokens=12 - 2 * i, ignore_eos=True) for i in range(6)]
+    outputs = llm.generate(prompts, params)
+    assert [o.prompt for o in outputs] == prompts
+    assert [len(o.outputs[0].token_ids) for o in outputs] == [12, 10, 8, 6, 4, 2]
+
+
+def test_stream_pieces_make_up_the_final_text(llm):
+    pieces, last = [], None
+    for last in llm.stream("The river", GREEDY):
+        pieces.append(last.outputs[0].new_text)
+    assert "".join(pieces) == text_of(last) == text_of(llm.generate("The river", GREEDY)[0])
+    assert last.finished and last.metrics.ttft > 0 and last.metrics.tpot > 0
+
+
+def test_leaving_a_stream_early_aborts_its_request(llm):
+    for _ in llm.stream("The river", GREEDY):
+        break
+    assert llm.engine.stats.num_running == llm.engine.stats.num_waiting == 0
+    assert llm.engine.stats.num_free_blocks == llm.engine.stats.num_blocks
+
+
+def test_a_stream_survives_a_generate_in_its_middle(llm):
+    alone = text_of(llm.generate("The river", GREEDY)[0])
+    pieces = []
+    for i, output in enumerate(llm.stream("The river", GREEDY)):
+        pieces.append(output.outputs[0].new_text)
+        if i == 2:
+            llm.generate(["Another one", "and one more"], GREEDY)
+    assert "".join(pieces) == alone
+
+
+def test_chat_renders_the_template_with_one_beginning_of_text(llm):
+    messages = [{"role": "user", "content": "Tell me a story."}]
+    bos = special_token_ids()["<|begin_of_text|>"]
+    one, = llm.chat(messages, GREEDY, date_string="1 Jan 2026")
+    assert one.prompt_token_ids.count(bos) == 1 and one.prompt_token_ids[0] == bos
+    two = llm.chat([messages, messages], GREEDY, date_string="1 Jan 2026")
+    assert [text_of(o) for o in two] == [text_of(one)] * 2
+    other, = llm.chat(messages, GREEDY, date_string="2 Jan 2026")
+    assert other.prompt_token_ids != one.prompt_token_ids
+
+
+def test_a_templated_string_given_to_generate_gets_no_second_bos(llm):
+    bos = special_token_ids()["<|begin_of_text|>"]
+    output, = llm.generate("<|begin_of_text|>hello", GREEDY)
+    assert output.prompt_token_ids.count(bos) == 1
+
+
+@pytest.mark.parametrize("name", ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"])
+def test_each_eos_id_of_generation_config_ends_a_request_also_as_first_token(make_llm, name):
+    """The model is made to say that token: its logits buffer is overwritten before the choice."""
+    eos = special_token_ids()[name]
+    llm = make_llm()
+    argmax = llm.runner.backend.argmax
+
+    def force(out, logits):
+        argmax(out, logits)
+        out[:] = eos
+
+    llm.runner.backend.argmax = force
+    output = llm.generate("hello", SamplingParams(temperature=0, max_tokens=5))[0].outputs[0]
+    assert output.token_ids == [eos] and output.finish_reason == "stop" and output.text == ""
+
+
+def test_stop_strings_end_the_text_and_are_cut_off(llm):
+    full = text_of(llm.generate("The river", SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))[0])
+    assert len(full) > 12
+    stop = full[6:10]
+    output = llm.generate("The river", SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, stop=stop))[0]
+    assert output.outputs[0].text == full[:full.index(stop)]
+    assert output.outputs[0].finish_reason == "stop" and output.outputs[0].stop_reason == stop
+    assert len(output.outputs[0].token_ids) < 40
+
+
+def test_seeded_sampling_is_the_same_alone_in_a_batch_shuffled_and_preempted(llm, make_llm):
+    def sample(engine, names, **extra):
+        prompts = {n: f"Prompt number {n}" for n in names}
+        params = [SamplingParams(temperature=1.3, top_k=50, top_p=0.95, seed=n, max_tokens=24, ignore_eos=True)
+                  for n in names]
+        return {n: o.outputs[0].token_ids for n, o in zip(names, engine.generate(list(prompts.values()), params))}
+
+    together = sample(llm, [0, 1, 2, 3, 4, 5])
+    assert sample(llm, [5, 2, 0, 4, 1, 3]) == together
+    assert {n: sample(llm, [n])[n] for n in together} == together
+    tiny = make_llm(num_blocks=6, max_num_batched_tokens=20)
+    assert sample(tiny, [0, 1, 2, 3, 4, 5]) == together
+    assert tiny.engine.stats.num_preemptions > 0
+    assert len({tuple(ids) for ids in together.values()}) == 6
+
+
+def test_unseeded_requests_differ_and_depend_on_the_engine_seed(make_llm):
+    def sample(seed):
+        outputs = make_llm(seed=seed).generate(["same prompt"] * 3, SamplingParams(temperature=1.0, max_tokens=16))
+        return [tuple(o.outputs[0].token_ids) for o in outputs]
+
+    first = sample(1)
+    assert first == sample(1) and first != sample(2) and len(set(first)) == 3
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0.3), dict(top_k=2), dict(top_p=0.2), dict(seed=8),
+                                     dict(stop_token_ids=list(range(200))), dict(max_tokens=3)])
+def test_every_accepted_sampling_field_changes_the_output(llm, options):
+    base = dict(temperature=1.5, seed=7, max_tokens=24, ignore_eos=True)
+    a = llm.generate("The river", SamplingParams(**base))[0].outputs[0].token_ids
+    b = llm.generate("The river", SamplingParams(**{**base, **options}))[0].outputs[0].token_ids
+    assert a != b
+
+
+@pytest.mark.parametrize("options", [
+    dict(max_num_batched_tokens=16), dict(max_num_batched_tokens=17, max_num_seqs=3), dict(num_blocks=7),
+    dict(block_size=5, num_blocks=400), dict(block_size=512, num_blocks=16), dict(enable_prefix_caching=False),
+    dict(scheduling_policy="static", max_num_seqs=2), dict(use_kv_cache=False, enable_prefix_caching=False),
+    dict(enforce_eager=True)], ids=str)
+def test_greedy_tokens_are_bitwise_the_same_under_every_engine_option(llm, make_llm, options):
+    prompts = [f"The {w} went over the bridge and" for w in ("fox", "owl", "heron", "mouse", "otter")] * 2
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    want = [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
+    other = make_llm(**{"max_num_seqs": 8, **options})
+    assert [o.outputs[0].token_ids for o in other.generate(prompts, params)] == want
+    other.engine.kv_cache_manager.check()
+
+
+def test_prefix_hits_are_reported(make_llm):
+    llm = make_llm()
+    prompt = "The fox and the owl went over the old bridge in the rain. " * 3
+    first, = llm.generate(prompt, GREEDY)
+    second, = llm.generate(prompt + "Then", GREEDY)
+    assert first.num_cached_tokens == 0 and second.num_cached_tokens >= 16
+    assert llm.engine.stats.prefix_cache_hits == second.num_cached_tokens
+
+
+def test_a_bad_prompt_in_a_batch_names_its_place_and_leaves_nothing_behind(llm):
+    with pytest.raises(RequestError, match="prompt 1: the prompt is empty"):
+        llm.generate(["fine", "", "fine"], GREEDY)
+    with pytest.raises(RequestError, match="token id 384 is out of range"):
+        llm.generate([[1, 384]], GREEDY)
+    with pytest.raises(RequestError, match="2 prompts and 3 sampling parameters"):
+        llm.generate(["a", "b"], [GREEDY] * 3)
+    assert llm.engine.stats.num_waiting == 0
+    assert len(llm.generate("fine", GREEDY)[0].outputs[0].token_ids) == 12
+
+
+def test_too_long_prompts(make_llm):
+    llm = make_llm(max_model_len=32)
+    with pytest.raises(RequestError, match="the prompt has 40 tokens, and max_model_len=32"):
+        llm.generate([[1] * 40], GREEDY)
+    llm = make_llm(num_blocks=2)
+    with pytest.raises(RequestError, match=r"40 tokens and the whole KV cache holds 32 \(2 blocks of 16\)"):
+        llm.generate([[1] * 40], GREEDY)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(max_modle_len=5), "no option 'max_modle_len'; did you mean 'max_model_len'"),
+    (dict(tensor_parallel_size=2), "no option 'tensor_parallel_size'"),
+    (dict(device="tpu"), "device must be one of 'auto', 'cuda', 'cpu', got 'tpu'"),
+    (dict(block_size=0), "block_size must be a whole number of 1 or more, got 0"),
+    (dict(num_blocks=-1), "num_blocks must be"),
+    (dict(max_num_seqs=1.5), "max_num_seqs must be"),
+    (dict(gpu_memory_utilization=1.5), "gpu_memory_utilization must be above 0 and at most 1, got 1.5"),
+    (dict(scheduling_policy="fifo"), "scheduling_policy must be one of 'continuous', 'static'"),
+    (dict(max_model_len=10**6), "max_model_len=1000000 is more than the model's max_position_embeddings=512"),
+    (dict(max_num_seqs=300, max_num_batched_tokens=100), "max_num_batched_tokens=100 is less than max_num_seqs=300"),
+    (dict(use_kv_cache=False), "set enable_prefix_caching=False"),
+])
+def test_engine_options_are_checked_in_plain_words(make_llm, options, message):
+    with pytest.raises(ConfigError, match=message):
+        make_llm(**options)
+
+
+def test_memory_that_does_not_fit_is_refused_with_its_numbers(make_llm):
+    with pytest.raises(TinyVLLMError, match=r"does not fit in memory: weights .* GiB.*100000000 KV-cache blocks.*free"):
+        make_llm(num_blocks=100_000_000)
+
+
+def test_no_gpu_with_device_cuda(tiny_model):
+    try:
+        from tinyvllm.kernels.cuda_support import require_cuda
+
+        require_cuda()
+    except DeviceError:
+        with pytest.raises(DeviceError, match="device='cuda' was asked for, but .*use device='cpu' or device='auto'"):
+            LLM(tiny_model, device="cuda")
+    else:
+        pytest.skip("this machine has a GPU")
+
+
+def test_model_without_tokenizer(tmp_path):
+    folder = write_tiny_model(tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises((TokenizerError, ModelNotFoundError), match="tokenizer.json"):
+        LLM(folder, device="cpu", use_tqdm=False)
+    llm = LLM(folder, device="cpu", use_tqdm=False, skip_tokenizer_init=True, num_blocks=64)
+    output, = llm.generate([[1, 2, 3]], GREEDY)
+    assert len(output.outputs[0].token_ids) == 12 and output.outputs[0].text == ""
+    with pytest.raises(TokenizerError, match="skip_tokenizer_init"):
+        llm.chat([{"role": "user", "content": "hello"}])
+
+
+def test_one_engine_after_another_in_one_process(make_llm):
+    a, b = make_llm(), make_llm(block_size=8)
+    assert text_of(a.generate("The river", GREEDY)[0]) == text_of(b.generate("The river", GREEDY)[0])
