@@ -61,19 +61,28 @@ def compare(ours: np.ndarray, oracle: dict) -> None:
     truth, theirs = oracle["truth"].astype(np.float64), oracle["logits"].astype(np.float64)
     assert ours.shape == truth.shape and np.isfinite(ours).all()
     our_error, their_error = np.abs(ours - truth), np.abs(theirs - truth)
-    # The error of bfloat16 arithmetic differs from row to row by chance; over a run it must be the same size, and
-    # no single row may be far out.
+    # A wrong formula or rounding point moves the mean far more than 15%. The largest of some 40,000 errors is a
+    # matter of chance, for theirs as for ours: it may differ by half.
     assert our_error.mean() <= 1.15 * their_error.mean(), (our_error.mean(), their_error.mean())
-    row_limit = 3 * their_error.max(axis=1).mean()
-    assert our_error.max(axis=1).max() <= max(row_limit, their_error.max()), (our_error.max(), their_error.max())
+    assert our_error.max() <= 1.5 * their_error.max(), (our_error.max(), their_error.max())
 
     # Greedy choice: equal wherever the oracle's own choice is clear of that error.
-    top2 = np.sort(theirs, axis=1)[:, -2:]
-    clear = top2[:, 1] - top2[:, 0] > tolerance(oracle)
-    assert clear.mean() > 0.5, "the case shows too little: hardly any choice is clear"
+    clear = choice_gaps(oracle) > tolerance(oracle)
+    assert clear.mean() > 0.4, f"the case shows too little: only {clear.mean():.0%} of its choices are clear"
     assert (ours.argmax(axis=1) == theirs.argmax(axis=1))[clear].all()
 
 
+def choice_gaps(oracle: dict) -> np.ndarray:
+    """By how much the oracle prefers its first choice over its second, for each row."""
+    top2 = np.sort(oracle["logits"].astype(np.float64), axis=1)[:, -2:]
+    return top2[:, 1] - top2[:, 0]
+
+
 def tolerance(oracle: dict) -> float:
-    """A top-2 gap above this cannot be closed by bfloat16 error: twice the largest error of the oracle's own run."""
-    return 2 * float(np.abs(oracle["truth"].astype(np.float64) - oracle["logits"]).max())
+    """A top-2 gap that bfloat16 error does not close.
+
+    Each of two runs adds an error to each of two logits: four errors of the oracle's measured root mean square s
+    have 2 s together, and four times that is out of reach of chance in a few hundred rows.
+    """
+    error = oracle["truth"].astype(np.float64) - oracle["logits"]
+    return 8 * float(np.sqrt(np.mean(error**2)))

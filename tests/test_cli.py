@@ -45,7 +45,7 @@ def test_inspect_shows_tensors_and_the_memory_plan(model, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     (["generate", "x", "--model", "/no/such/folder"], "no/such/folder"),
-    (["generate", "x", "--top-p", "2"], "top_p must be above 0 and at most 1, got 2.0"),
+    (["generate", "x", "--top-p", "2"], "top_p must be above 0 and at most 1 (1 keeps every token; for greedy decoding use temperature=0), got 2.0"),
     (["generate", "x", "--device", "tpu"], "device must be one of"),
     (["inspect", "/no/such/folder"], "no/such/folder"),
 ])

@@ -74,7 +74,12 @@ def test_preemption_recomputes_and_streams_every_token_once():
         engine.add_request(prompt, greedy(14), name)
     seen = {name: [] for name in prompts}
     while engine.has_unfinished_requests():
-        for output in engine.step():
+        batches, preemptions = len(engine.runner.batches), engine.stats.num_preemptions
+        outputs = engine.step()
+        if engine.stats.num_preemptions > preemptions and len(engine.runner.batches) > batches:
+            waiting = set(engine.stats.waiting)
+            assert waiting and not waiting & {name for name, _, _ in engine.runner.batches[-1]}, "admitted at once again"
+        for output in outputs:
             assert len(tokens(output)) == len(seen[output.request_id]) + 1
             seen[output.request_id] = tokens(output)
         engine.kv_cache_manager.check()
@@ -89,6 +94,26 @@ def test_the_oldest_request_is_never_preempted():
     engine.add_request([4, 5, 6], greedy(18), "new")
     outputs = run(engine)
     assert outputs["old"].metrics.num_preemptions == 0 < outputs["new"].metrics.num_preemptions
+
+
+def test_a_preempted_request_goes_on_before_later_arrivals():
+    engine = toy_engine(num_blocks=6, block_size=4, max_num_batched_tokens=64)
+    for name in ("first", "second"):
+        engine.add_request([1, 2, 3, len(name)], greedy(16), name)
+    for i in range(3):
+        engine.step()
+    for i in range(4):
+        engine.add_request([9, i], greedy(4), f"late {i}")
+    order = []
+    while engine.has_unfinished_requests():
+        order += [output.request_id for output in engine.step() if output.finished]
+    assert engine.stats.num_preemptions > 0
+    assert order.index("second") < order.index("late 3")
+    batches = [[name for name, _, _ in batch] for batch in engine.runner.batches]
+    preempted_at = next(i for i, batch in enumerate(batches) if "second" not in batch)
+    resumed_at = next(i for i, batch in enumerate(batches) if i > preempted_at and "second" in batch)
+    assert not any(name.startswith("late") for batch in batches[preempted_at:resumed_at] for name in batch), \
+        "a later arrival took the place of the preempted request"
 
 
 def test_a_request_that_outgrows_the_whole_pool_ends_with_length():

@@ -46,6 +46,14 @@ def test_the_same_block_after_another_parent_is_no_hit():
     assert finish(engine, [2, 2, 2, 2] + SHARED, "b").num_cached_tokens == 0
 
 
+def test_equal_blocks_after_different_parents_are_both_kept():
+    engine = toy_engine(num_blocks=32)
+    one, two = [1, 1, 1, 1] + SHARED, [2, 2, 2, 2] + SHARED
+    finish(engine, one, "a")
+    finish(engine, two, "b")
+    assert finish(engine, one, "c").num_cached_tokens == finish(engine, two, "d").num_cached_tokens == 12
+
+
 def test_a_hash_collision_is_no_hit():
     engine = toy_engine(num_blocks=16)
     engine.kv_cache_manager.pool.hash_fn = lambda parent, tokens: b"the same for all"

@@ -1,13 +1,12 @@
 """What a model folder holds, and what it would take to run: the report behind `tinyvllm inspect`.
 
     report = inspect_model("path", block_size=16, memory=8 << 30)
-    report.print()                                tables on a terminal, plain text elsewhere
-    report.text()                                 the plain text
+    print(report.text())                          plain text
+    rich.print(report)                            the same as tables
 
 Only headers are read, so this is instant for a model of any size.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from typing import Any
 
 from tinyvllm.errors import ConfigError
 from tinyvllm.loader.checkpoint import Checkpoint
-from tinyvllm.loader.resolve import resolve_model
 from tinyvllm.loader.safetensors_file import TensorInfo
 from tinyvllm.model.config import ModelConfig
 
@@ -196,15 +194,6 @@ class ModelReport:
         parts.append(_columns(self.memory_rows()))
         return "\n\n".join(parts)
 
-    def print(self) -> None:
-        """Show the report: as tables on a terminal, as plain text in a pipe or a file."""
-        if sys.stdout.isatty():
-            from rich.console import Console
-
-            Console().print(self)
-        else:
-            print(self.text())
-
     def __rich__(self) -> Any:
         from rich.console import Group
         from rich.table import Table
@@ -230,22 +219,20 @@ class ModelReport:
 
 
 def inspect_model(
-    model: str | Path, block_size: int = 16, memory: int | None = None, max_model_len: int | None = None
+    folder: str | Path, block_size: int = 16, memory: int | None = None, max_model_len: int | None = None
 ) -> ModelReport:
-    """Read a model's config and headers, and check that they belong together.
+    """Read a model folder's config and headers, and check that they belong together.
 
-    model: as for `LLM`: a folder, "demo", or a hub id in the local cache. memory: bytes for weights and KV
-    cache together, for the estimate; max_model_len: the longest request, by default the model's own context.
-    Raises what loading the model would raise.
+    memory: bytes for weights and KV cache together, for the estimate; max_model_len: the longest request, by
+    default the model's own context. Raises what loading the model would raise.
     """
-    folder = resolve_model(model)
     config = ModelConfig.from_folder(folder)
     checkpoint = Checkpoint(folder, config)
     files = tuple(
         FileReport(file.path.name, file.size, file.header_length, file.data_start, tuple(file))
         for file in checkpoint.files
     )
-    return ModelReport(folder, config, files, estimate_memory(config, block_size, memory, max_model_len))
+    return ModelReport(Path(folder), config, files, estimate_memory(config, block_size, memory, max_model_len))
 
 
 def format_bytes(count: int) -> str:

@@ -7,7 +7,7 @@ Ties go to the lowest id, NaN never wins (every comparison with NaN is false), a
 import numpy as np
 
 from tinyvllm.kernels.bf16 import bf16_to_float32, widen
-from tinyvllm.kernels.cuda_support import cuda, device_function, kernel, widen_cuda
+from tinyvllm.kernels.cuda_support import block_threads, cuda, device_function, kernel, widen_cuda
 from tinyvllm.kernels.jit import cpu_jit
 
 __all__ = ["argmax_numpy", "argmax_cpu", "argmax_cuda"]
@@ -63,7 +63,7 @@ def _argmax_kernel(out_ids, logits):
     indices = cuda.shared.array(THREADS, np.int32)
     row, thread = cuda.blockIdx.x, cuda.threadIdx.x
     best, best_id = np.float32(-np.inf), 0
-    for i in range(thread, logits.shape[1], THREADS):
+    for i in range(thread, logits.shape[1], cuda.blockDim.x):
         value = widen_cuda(logits[row, i])
         if value > best:
             best, best_id = value, i
@@ -74,4 +74,4 @@ def _argmax_kernel(out_ids, logits):
 
 def argmax_cuda(out_ids, logits):
     """As argmax_numpy, on device arrays."""
-    _argmax_kernel[logits.shape[0], THREADS](out_ids, logits)
+    _argmax_kernel[logits.shape[0], block_threads(THREADS)](out_ids, logits)

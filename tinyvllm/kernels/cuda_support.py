@@ -22,14 +22,15 @@ import numpy as np
 from tinyvllm.errors import DeviceError
 
 try:
+    import numba_cuda  # noqa: F401  (numba has an older numba.cuda of its own, which lacks what ptx.py needs)
     from numba import cuda
-except Exception as error:  # numba-cuda missing, or broken by a mismatch of versions
+except Exception as error:  # not installed, or broken by a mismatch of versions
     cuda, _IMPORT_ERROR = None, error
 else:
     _IMPORT_ERROR = None
 
 __all__ = ["cuda", "simulated", "cuda_available", "require_cuda", "kernel", "device_function", "pointer", "workspace",
-           "ceil_div", "grid_1d", "widen_cuda", "narrow_cuda"]
+           "ceil_div", "block_threads", "grid_1d", "widen_cuda", "narrow_cuda"]
 
 MINIMUM_COMPUTE_CAPABILITY = (8, 0)  # Ampere: the first with bf16 tensor cores and asynchronous copies
 THREADS = 256  # a block, for kernels that have one thread an element
@@ -67,7 +68,8 @@ def require_cuda() -> None:
     except Exception as error:  # a driver that is there but cannot start says so in many ways
         found, reason, capability = False, f" ({error})", None
     if not found:
-        raise DeviceError(f'device="cuda" needs an NVIDIA GPU and its driver; none was found{reason}. {advice}')
+        reason = " ".join(reason.split())  # the driver's message may be several lines
+        raise DeviceError(f'device="cuda" needs an NVIDIA GPU and its driver; none was found {reason}. {advice}')
     if capability < MINIMUM_COMPUTE_CAPABILITY:
         need = ".".join(map(str, MINIMUM_COMPUTE_CAPABILITY))
         name = cuda.get_current_device().name
@@ -83,13 +85,15 @@ class kernel:
     """A numba.cuda kernel that is compiled when it is first launched: `name[grid, block, stream, shared](...)`.
 
     signature: argument types for PTX-grade kernels, as a list of names ("uint64", "int32", "float32"); lesson-grade
-    kernels leave it out and are compiled for the arrays they meet. max_threads: threads a block at most, which lets
-    the compiler give each thread more registers (`__launch_bounds__`).
+    kernels leave it out and are compiled for the arrays they meet. max_threads: threads a block at most, min_blocks:
+    blocks that should fit on a multiprocessor together; the compiler divides the registers by them
+    (`__launch_bounds__`).
     """
 
     def __init__(self, function: Callable | None = None, *, signature: tuple[str, ...] | None = None,
-                 max_threads: int | None = None):
-        self._signature, self._max_threads = signature, max_threads
+                 max_threads: int | None = None, min_blocks: int = 1):
+        self._signature = signature
+        self.options = {} if max_threads is None else {"launch_bounds": (max_threads, min_blocks)}
         self._compiled = None
         if function is not None:
             self(function)
@@ -123,8 +127,7 @@ class kernel:
             return cuda.jit(self.py_func)
         from tinyvllm.kernels.cuda_cache import cached_cuda_jit
 
-        options = {} if self._max_threads is None else {"launch_bounds": self._max_threads}
-        return cached_cuda_jit(self.py_func, self.numba_signature(), options)
+        return cached_cuda_jit(self.py_func, self.numba_signature(), self.options)
 
 
 def device_function(function: Callable) -> Callable:
@@ -156,8 +159,14 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def grid_1d(elements: int, threads: int = THREADS) -> tuple[int, int]:
+def block_threads(threads: int) -> int:
+    """Threads a block for kernels that work with any number: few in the simulator, which runs each as a Python thread."""
+    return min(threads, 32) if simulated() else threads
+
+
+def grid_1d(elements: int) -> tuple[int, int]:
     """Blocks and threads for one thread an element (at least one block: an empty grid is an error in CUDA)."""
+    threads = block_threads(THREADS)
     return max(1, ceil_div(elements, threads)), threads
 
 

@@ -26,7 +26,7 @@ import pickle
 import shutil
 import sys
 import tempfile
-import types
+import types as python_types
 import warnings
 from pathlib import Path
 from typing import Any, Callable
@@ -34,16 +34,22 @@ from typing import Any, Callable
 import llvmlite
 import numba
 import numpy as np
-from numba.core import compiler, config
+from llvmlite import ir
+from numba.core import compiler, config, types
 from numba.core.caching import _Cache
 from numba.core.dispatcher import Dispatcher
 from numba.core.serialize import dumps
+from numba.extending import intrinsic
 
-__all__ = ["cpu_jit", "cpu_helper", "cache_dir", "source_stamp"]
+__all__ = ["cpu_jit", "cpu_helper", "thread_count", "cache_dir", "source_stamp"]
 
 # Without reordering and without assuming that NaN and infinity do not occur: only a * b + c may become one fused
 # instruction. A row's result must not depend on its neighbours, and NaN must not pass unseen.
 FASTMATH = frozenset({"contract"})
+# Threads for `prange` loops and for nothing else: left to itself, numba also spreads whole-array expressions, starting
+# threads for tiny ones, and it mistakes the shape of an array whose name is bound again.
+PARALLEL = {name: name == "prange" for name in
+            ("prange", "comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion")}
 KEPT_STAMPS = 6  # directories of older sources that are kept, so that switching branches does not recompile
 
 
@@ -54,21 +60,35 @@ def cpu_jit(function: Callable | None = None, *, parallel: bool = False, fastmat
     result provably stays the same for a row whatever the batch is. The GIL is released while the kernel runs, and
     division by zero gives inf or nan as NumPy does (no exception, hence loops that vectorise).
 
-    Use it on entry points: operations, and whole forward passes. A small function that a kernel calls in its inner
-    loop belongs under `cpu_helper`: a function loaded from the cache is machine code and can no longer be inlined.
+    Use it on entry points, which Python calls: operations, and whole forward passes. What only kernels call belongs
+    under `cpu_helper`.
     """
     if function is None:
         return functools.partial(cpu_jit, parallel=parallel, fastmath=fastmath)
     fastmath = set(fastmath) if fastmath else False
-    kernel = numba.njit(parallel=parallel, fastmath=fastmath, error_model="numpy", nogil=True)(function)
+    threads = PARALLEL if parallel else False
+    kernel = numba.njit(parallel=threads, fastmath=fastmath, error_model="numpy", nogil=True)(function)
     if isinstance(kernel, Dispatcher):  # a plain function when NUMBA_DISABLE_JIT is set
-        kernel._cache = KernelCache(function, {"parallel": parallel, "fastmath": sorted(fastmath or ())})
+        kernel._cache = KernelCache(function, {"parallel": threads, "fastmath": sorted(fastmath or ())})
     return kernel
 
 
 def cpu_helper(function: Callable) -> Callable:
     """A small function for use inside kernels: compiled with its caller and inlined by LLVM; not cached by itself."""
     return numba.njit(fastmath=set(FASTMATH), error_model="numpy", nogil=True)(function)
+
+
+@intrinsic
+def thread_count(typingctx):
+    """Inside a kernel: how many threads a prange loop gets (numba.get_num_threads itself prevents caching)."""
+    numba.get_num_threads()  # starts the threads, and with them the symbol that is called below exists
+
+    def codegen(context, builder, signature, args):
+        function = builder.module.globals.get("get_num_threads") or ir.Function(
+            builder.module, ir.FunctionType(context.get_value_type(types.intp), []), "get_num_threads")
+        return builder.call(function, [])
+
+    return types.intp(), codegen
 
 
 # ---- what an entry depends on ----
@@ -96,22 +116,22 @@ def fingerprint(function: Callable) -> str:
     def note(*parts):
         digest.update("\0".join(map(str, parts)).encode() + b"\1")
 
-    def visit_code(code: types.CodeType):
+    def visit_code(code: python_types.CodeType):
         note(code.co_name, code.co_code.hex(), code.co_names, code.co_varnames, code.co_freevars)
         for const in code.co_consts:
-            visit_code(const) if isinstance(const, types.CodeType) else note(type(const).__name__, repr(const))
+            visit_code(const) if isinstance(const, python_types.CodeType) else note(type(const).__name__, repr(const))
 
-    def names_of(code: types.CodeType):
+    def names_of(code: python_types.CodeType):
         yield from code.co_names
         for const in code.co_consts:
-            if isinstance(const, types.CodeType):
+            if isinstance(const, python_types.CodeType):
                 yield from names_of(const)
 
     def visit(name: str, value: Any):
         if isinstance(value, Dispatcher):
             value = value.py_func
         value = getattr(value, "_defn", value)  # a numba intrinsic: the function that emits its code
-        if isinstance(value, types.FunctionType):
+        if isinstance(value, python_types.FunctionType):
             note(name, value.__module__, value.__qualname__)
             if id(value) in seen:
                 return
@@ -119,7 +139,7 @@ def fingerprint(function: Callable) -> str:
             visit_code(value.__code__)
             for free, cell in zip(value.__code__.co_freevars, value.__closure__ or ()):
                 visit(free, cell.cell_contents)
-            if value.__module__.partition(".")[0] not in ("numba", "numpy", "llvmlite"):
+            if (value.__module__ or "").partition(".")[0] not in ("numba", "numpy", "llvmlite"):
                 for global_name in sorted(set(names_of(value.__code__))):
                     if global_name in value.__globals__:
                         visit(global_name, value.__globals__[global_name])

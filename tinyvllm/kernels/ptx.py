@@ -27,9 +27,10 @@ Source: NVIDIA, "Parallel Thread Execution ISA", sections on mma, ldmatrix, cp.a
 from tinyvllm.kernels.cuda_support import cuda, simulated
 
 __all__ = ["instruction", "mma_m16n8k16", "ldmatrix_x4", "ldmatrix_x4_transposed", "cp_async_16", "cp_async_commit",
-           "cp_async_wait", "load_16_bytes", "load_u32", "load_i32", "load_u16", "store_u32", "store_u16", "store_f32",
+           "cp_async_wait", "load_16_bytes", "load_16_bytes_cached",
+           "load_u32", "load_i32", "load_u16", "store_u32", "store_u16", "store_f32",
            "load_f32", "load_shared_f32", "store_shared_f32", "low_bf16", "high_bf16", "pack_bf16", "to_bf16", "exp2",
-           "fused_multiply_add", "maximum", "shuffle_xor", "thread_index", "lane_index", "block_index_x",
+           "maximum", "shuffle_xor", "thread_index", "lane_index", "block_index_x",
            "block_index_y", "block_index_z", "dynamic_shared", "warp_barrier"]
 
 INLINE = cuda is not None and not simulated()  # the simulator runs Python: it knows no PTX
@@ -110,7 +111,7 @@ def _cp_async_wait(pending: int):
     return instruction(f"cp.async.wait_group {pending};", "", "", memory=True)
 
 
-cp_async_wait = tuple(_cp_async_wait(pending) for pending in range(4))
+cp_async_wait = tuple(_cp_async_wait(pending) for pending in range(6))
 
 # ---- memory ----
 
@@ -135,7 +136,6 @@ high_bf16 = instruction("and.b32 $0, $1, 0xffff0000;", "f32", "u32")
 pack_bf16 = instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", "u32", "f32 f32")  # (low, high), to nearest even
 to_bf16 = instruction("cvt.rn.bf16.f32 $0, $1;", "u16", "f32")
 exp2 = instruction("ex2.approx.ftz.f32 $0, $1;", "f32", "f32")
-fused_multiply_add = instruction("fma.rn.f32 $0, $1, $2, $3;", "f32", "f32 f32 f32")
 maximum = instruction("max.f32 $0, $1, $2;", "f32", "f32 f32")
 shuffle_xor = instruction("shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;", "f32", "f32 u32", volatile=True)
 

@@ -26,8 +26,10 @@ import numba
 import numpy as np
 
 from tinyvllm.kernels.bf16 import bf16_to_float32, float32_to_bf16, narrow, round_to_bf16, widen
-from tinyvllm.kernels.cuda_support import cuda, device_function, kernel, narrow_cuda, widen_cuda
+from tinyvllm.kernels.cuda_support import (block_threads, cuda, device_function, kernel, narrow_cuda, simulated,
+                                           widen_cuda)
 from tinyvllm.kernels.jit import cpu_jit
+from tinyvllm.kernels.residual_add import residual_add_cuda
 
 __all__ = ["rms_norm_numpy", "rms_norm_cpu", "rms_norm_cuda", "rms_norm_tree_cuda",
            "add_rms_norm_numpy", "add_rms_norm_cpu", "add_rms_norm_cuda"]
@@ -101,19 +103,19 @@ def _normalise(value, scale, weight):
 def _rms_norm_tree_kernel(out, x, weight, eps):
     """One block a row; the sum of squares by a tree in shared memory."""
     partial = cuda.shared.array(THREADS, np.float32)
-    row, thread = cuda.blockIdx.x, cuda.threadIdx.x
+    row, thread, threads = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
     hidden = x.shape[1]
 
     # 1. Each thread adds every 256th element: neighbours in a warp read neighbours in memory.
     total = np.float32(0)
-    for i in range(thread, hidden, THREADS):
+    for i in range(thread, hidden, threads):
         value = widen_cuda(x[row, i])
         total = np.float32(total + value * value)
     partial[thread] = total
     cuda.syncthreads()
 
     # 2. 256 sums become 128, 64, ... 1. The barrier is outside the `if`: every thread has to reach it.
-    stride = THREADS // 2
+    stride = threads // 2
     while stride > 0:
         if thread < stride:
             partial[thread] += partial[thread + stride]
@@ -122,7 +124,7 @@ def _rms_norm_tree_kernel(out, x, weight, eps):
 
     # 3. Everyone reads the one sum and scales its own elements.
     scale = np.float32(np.float32(1) / np.float32(math.sqrt(partial[0] / np.float32(hidden) + eps)))
-    for i in range(thread, hidden, THREADS):
+    for i in range(thread, hidden, threads):
         out[row, i] = _normalise(widen_cuda(x[row, i]), scale, weight[i])
 
 
@@ -177,14 +179,21 @@ def _add_rms_norm_kernel(out, residual, x, weight, eps):
 
 def rms_norm_tree_cuda(out, x, weight, eps):
     """As rms_norm_numpy, on device arrays, by the tree reduction."""
-    _rms_norm_tree_kernel[x.shape[0], THREADS](out, x, weight, np.float32(eps))
+    _rms_norm_tree_kernel[x.shape[0], block_threads(THREADS)](out, x, weight, np.float32(eps))
 
 
 def rms_norm_cuda(out, x, weight, eps):
     """As rms_norm_numpy, on device arrays."""
-    _rms_norm_kernel[x.shape[0], THREADS](out, x, weight, np.float32(eps))
+    if simulated():  # no warp shuffles there
+        rms_norm_tree_cuda(out, x, weight, eps)
+    else:
+        _rms_norm_kernel[x.shape[0], THREADS](out, x, weight, np.float32(eps))
 
 
 def add_rms_norm_cuda(out, residual, x, weight, eps):
     """As add_rms_norm_numpy, on device arrays."""
-    _add_rms_norm_kernel[x.shape[0], THREADS](out, residual, x, weight, np.float32(eps))
+    if simulated():
+        residual_add_cuda(residual, x)
+        rms_norm_tree_cuda(out, residual, weight, eps)
+    else:
+        _add_rms_norm_kernel[x.shape[0], THREADS](out, residual, x, weight, np.float32(eps))

@@ -30,7 +30,7 @@ import numpy as np
 
 from tinyvllm.kernels.argmax import argmax_numpy, block_argmax
 from tinyvllm.kernels.bf16 import bf16_to_float32, widen
-from tinyvllm.kernels.cuda_support import cuda, device_function, kernel, simulated, widen_cuda
+from tinyvllm.kernels.cuda_support import block_threads, cuda, device_function, kernel, widen_cuda
 from tinyvllm.kernels.jit import cpu_helper, cpu_jit
 from tinyvllm.kernels.philox import uniform_cpu, uniform_cuda, uniform_numpy
 
@@ -273,5 +273,5 @@ def _sample_kernel(out_ids, logits, temperature, top_k, top_p, seed, position):
 
 def sample_cuda(out_ids, logits, temperature, top_k, top_p, seed, position):
     """As sample_numpy, on device arrays."""
-    threads = 32 if simulated() else THREADS  # the simulator starts a Python thread for each
-    _sample_kernel[logits.shape[0], threads](out_ids, logits, temperature, top_k, top_p, seed, position)
+    _sample_kernel[logits.shape[0], block_threads(THREADS)](
+        out_ids, logits, temperature, top_k, top_p, seed, position)

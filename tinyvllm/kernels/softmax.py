@@ -21,7 +21,7 @@ import math
 
 import numpy as np
 
-from tinyvllm.kernels.cuda_support import cuda, device_function, kernel
+from tinyvllm.kernels.cuda_support import block_threads, cuda, device_function, kernel
 from tinyvllm.kernels.jit import cpu_jit
 
 __all__ = ["softmax_numpy", "softmax_naive_cpu", "softmax_online_cpu", "softmax_naive_cuda", "softmax_online_cuda"]
@@ -144,9 +144,9 @@ def _softmax_online_kernel(out, x):
 
 def softmax_naive_cuda(out, x):
     """As softmax_numpy, on device arrays."""
-    _softmax_naive_kernel[x.shape[0], THREADS](out, x)
+    _softmax_naive_kernel[x.shape[0], block_threads(THREADS)](out, x)
 
 
 def softmax_online_cuda(out, x):
     """As softmax_numpy, on device arrays."""
-    _softmax_online_kernel[x.shape[0], THREADS](out, x)
+    _softmax_online_kernel[x.shape[0], block_threads(THREADS)](out, x)

@@ -67,6 +67,10 @@ class Checkpoint:
         """The tensor as a read-only view of its file, no copy: BF16 as uint16 bits, else as it is."""
         return self._find(name)[0].array(name)
 
+    def release(self, name: str) -> None:
+        """Let go of the memory behind a tensor that was read; reading it again brings it back."""
+        self._find(name)[0].release(name)
+
     def check(self, config: ModelConfig) -> None:
         """Raise ModelFileError unless the tensors are exactly those of `config`, in shape and dtype too.
 

@@ -23,13 +23,13 @@ def resolve_model(model: str | os.PathLike) -> Path:
     if name == DEMO_NAME:
         return _demo_folder()
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder
     if folder.is_file():
         raise ModelNotFoundError(f"{name} is a file: give the folder that holds config.json")
     if not _HUB_ID.fullmatch(name):
         raise ModelNotFoundError(
-            f"there is no folder {name}: give a model folder, a hub id, or {DEMO_NAME!r}"
+            f"there is no folder {name!r}: give a model folder, a hub id, or {DEMO_NAME!r}"
         )
     return _cached_snapshot(name)
 

@@ -107,6 +107,16 @@ class SafetensorsFile:
         flat = np.frombuffer(self._map, WEIGHT_DTYPES[info.dtype], count=info.num_elements, offset=info.begin)
         return flat.reshape(info.shape)
 
+    def release(self, name: str) -> None:
+        """Tell the system that the tensor's pages of the map are not needed now. Views of it stay valid.
+
+        The file stays in the page cache as far as there is room; this process no longer counts as using it.
+        """
+        info = self.info(name)
+        if info.nbytes and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            start = info.begin - info.begin % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, start, info.end - start)
+
     def raw_header(self) -> bytes:
         """The header's bytes as they stand in the file."""
         return self._map[8 : self.data_start]

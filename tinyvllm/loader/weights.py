@@ -5,7 +5,8 @@ are passed on as they lie in the memory map, float16 and float32 ones are rounde
 even, here and once. (A float16 value keeps 8 of its 11 significant bits, and nothing of it overflows.)
 
 The caller owns the destination, on the host or on a device, in whatever layout its kernels like; it gets the
-pieces one by one, so that the model is never in memory twice.
+pieces one by one, and each piece of the file is let go once it was handed over, so that the model is never
+in memory twice.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from tinyvllm.model.registry import ARCHITECTURES
 # kind, layer (None for embed, lm_head, final_norm), first row, bfloat16 bits [rows, columns] or [rows]
 Sink = Callable[[str, int | None, int, np.ndarray], None]
 
-_ROUND_ELEMENTS = 1 << 22  # at a time: 16 MiB of float32
+_ROUND_ELEMENTS = 1 << 15  # at a time: the intermediates of 128 KiB of float32 stay in cache
 
 
 def load_weights(
@@ -67,7 +68,9 @@ def load_weights(
                 first.row_offset,
                 parts[0] if len(parts) == 1 else np.concatenate(parts),
             )
-            bar.update(sum(checkpoint.info(piece.name).nbytes for piece in group))
+            for piece in group:
+                checkpoint.release(piece.name)
+                bar.update(checkpoint.info(piece.name).nbytes)
 
 
 def numpy_weights(checkpoint: Checkpoint | str | Path, config: ModelConfig) -> dict[str, np.ndarray]:

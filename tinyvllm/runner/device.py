@@ -14,10 +14,9 @@ def make_backend(device: str = "auto", enforce_eager: bool = False) -> Backend:
             from tinyvllm.runner.cuda import CUDABackend
 
             return CUDABackend(enforce_eager)
-        except (DeviceError, ImportError) as error:
+        except DeviceError:
             if device == "cuda":
-                raise DeviceError(f"device='cuda' was asked for, but {error}; use device='cpu' or device='auto'") \
-                    from None
+                raise
     from tinyvllm.runner.cpu import CPUBackend
 
     return CPUBackend(enforce_eager)

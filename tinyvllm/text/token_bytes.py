@@ -66,7 +66,8 @@ class TokenBytes:
             return data
         if self._lstrip == "one space":
             return data.removeprefix(b" ")
-        return (self._tokenizer.id_to_token(token_id) or "").replace(_SPACE, "").encode()
+        token = self._tokenizer.id_to_token(token_id) or ""
+        return token.replace(_SPACE, "").encode() if _SPACE in token else data
 
     def _encode(self, token: str) -> bytes:
         if self._byte_level:

@@ -41,6 +41,9 @@ class Tokenizer:
         self.token_bytes = TokenBytes(tokenizer, origin)
         self.bos_token_id = self._named_id("bos_token")
         self.eos_token_id = self._named_id("eos_token")
+        # What tokenizer.json puts before every text: the BOS, for a model that has one.
+        before = tokenizer.encode("", add_special_tokens=True).ids
+        self._first_token = tokenizer.id_to_token(before[0]) if before else None
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
@@ -77,19 +80,20 @@ class Tokenizer:
         Raises RequestError if the text is not valid Unicode.
         """
         try:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            text.encode()
         except UnicodeEncodeError as problem:  # half of a surrogate pair: a str may have it, UTF-8 may not
             raise RequestError(
                 f"the text is not valid Unicode: it has a lone surrogate at character {problem.start}"
             ) from None
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a prompt, with exactly one BOS if the model has one.
 
         A text that already begins with the BOS token, as a rendered chat template does, gets no second one.
         """
-        bos = self.special_tokens.get("bos_token")
-        return self.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+        begun = self._first_token is not None and text.startswith(self._first_token)
+        return self.encode(text, add_special_tokens=not begun)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids. Ids that the tokenizer does not have add nothing."""
@@ -130,7 +134,8 @@ class Tokenizer:
         if self.chat_template is None:
             raise TokenizerError(
                 "this model has no chat template (neither chat_template.jinja nor a chat_template in "
-                f"{SETTINGS_FILE} in {Path(self.origin).parent}): it cannot chat; give a plain prompt to generate() instead"
+                f"{SETTINGS_FILE} in {Path(self.origin).parent}): it cannot chat; give a plain prompt to "
+                "generate() instead"
             )
         return self.chat_template.render(messages, **options)
 

@@ -25,7 +25,6 @@ Source of the tiling: Goto and van de Geijn, "Anatomy of High-Performance Matrix
 import os
 from typing import Callable, NamedTuple
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import prange, types
@@ -35,7 +34,7 @@ from numba.extending import intrinsic
 from tinyvllm.errors import ConfigError
 from tinyvllm.kernels.bf16 import narrow, widen
 from tinyvllm.kernels.gemm.packing import PANEL
-from tinyvllm.kernels.jit import cpu_helper, cpu_jit
+from tinyvllm.kernels.jit import cpu_helper, cpu_jit, thread_count
 
 __all__ = ["linear_cpu", "linear_plain_cpu", "linear_dpbf16_cpu", "processor_has"]
 
@@ -220,17 +219,20 @@ def make_linear(step, tiles: Tiles) -> Callable:
                     tile_many(sums, x, weight, row, panel)
                     store(out, sums, bias, row, many_rows, panel, many_panels)
 
+    @cpu_helper
+    def with_zero_column(x):
+        padded = np.zeros((x.shape[0], x.shape[1] + 1), np.uint16)
+        padded[:, :-1] = x
+        return padded
+
     @cpu_jit(parallel=True)
     def linear(out, x, weight, bias):
         """out uint16 [T, N] from x uint16 [T, K], packed weight uint16 [ceil(N/16), ceil(K/2), 32], bias [N] or [0]."""
-        num_tokens, num_columns = x.shape
         num_panels = weight.shape[0]
-        if num_columns % 2:  # tiles read pairs: what follows the last value must be zero
-            padded = np.zeros((num_tokens, num_columns + 1), np.uint16)
-            padded[:, :num_columns] = x
-            x = padded
-        num_threads = numba.get_num_threads()
-        if num_tokens * out.shape[1] * num_columns < SERIAL_WORK or num_threads == 1:
+        num_threads = thread_count()
+        if x.shape[1] % 2:  # tiles read pairs (no model has an odd K: this need not be quick)
+            linear_panels(out, with_zero_column(x), weight, bias, 0, num_panels)
+        elif out.size * x.shape[1] < SERIAL_WORK or num_threads == 1:
             linear_panels(out, x, weight, bias, 0, num_panels)
         else:
             groups = (num_panels + one_panels - 1) // one_panels

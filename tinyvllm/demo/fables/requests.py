@@ -1,0 +1,164 @@
+"""How people ask for a story: who and what it is about, from the grammar's lists or in words of their own.
+
+`request(rng)` returns a Request: the user's sentence and the `tell` arguments that the answer must honor.
+"""
+
+from dataclasses import dataclass, field
+
+from tinyvllm.demo.fables import lexicon
+from tinyvllm.demo.fables.cast import Character, Thing
+from tinyvllm.demo.fables.lexicon import HEROES, NAMES, OBJECTS, PLACES, THEMES, with_article
+from tinyvllm.demo.fables.open_words import open_adjective, open_name, open_noun, open_word
+from tinyvllm.demo.fables.story import cast_character, cast_thing, held_out, pick
+from tinyvllm.demo.fables.template import capital, render
+
+KIND = "[story|story|story|fable|tale|short story|little story|bedtime story|short fable|little tale]"
+ASKS = [  # sentences that go on with "about ..."; the ones with "?" ask a question
+    f"Tell me a {KIND}", f"Tell me a {KIND}", f"Please tell me a {KIND}", f"Tell a {KIND}", f"Write a {KIND}",
+    f"Write me a {KIND}", f"Please write a {KIND}", f"I would like a {KIND}", f"I would like to hear a {KIND}",
+    f"I want a {KIND}", f"Give me a {KIND}", f"Make up a {KIND}", f"Let me hear a {KIND}", f"Invent a {KIND}",
+    f"Can you tell me a {KIND}?", f"Could you tell me a {KIND}?", f"Would you tell me a {KIND}?", f"A {KIND}",
+    f"Can you write a {KIND}?", f"Do you know a {KIND}?", f"How about a {KIND}?", f"Hello! Tell me a {KIND}",
+    f"Hi, please tell me a {KIND}", f"I'd love a {KIND}", f"One {KIND}, please,", f"Create a {KIND}", f"Now a {KIND}",
+]  # fmt: skip
+FINDS = {
+    "found": "[who finds|who finds|who finds|that finds|who found|who discovers|who comes across|finding|who picks up]",
+    "given": "[who is given|who gets|who receives|who gets a present,]",
+    "bought": "[who buys|who bought|who goes shopping and buys]",
+    "made": "[who makes|who builds|who made]",
+}
+BOTH = [  # hero {h}, object {o}, the way of getting it {finds}
+    "{ask} about {h} {finds} {o}", "{ask} about {h} {finds} {o}", "{ask} about {h} {finds} {o}",
+    "{ask} about {h} and {o}", "{ask} about {h} and {o}", "{ask} about {h} and {o}", "{ask} with {h} and {o}",
+    "{ask} about {h} with {o}", "{ask} about {h} {finds} {o} {place}", "{ask} about {h} and {o} {place}",
+    "{ask} about {h} {finds} {o} that teaches {theme}", "{ask} about {theme}, with {h} and {o}",
+    "{ask} about {h}, {f} and {o}", "{ask} about {h} and {f} who find {o}", "{ask} about {h} who meets {f} and finds {o}",
+    "{ask} in which {h} finds {o}", "{ask}. The hero is {h}. There should be {o} in it",
+    "{ask}. It should be about {h} and {o}", "{H} finds {o}. [Tell me the story|What happens next?|Tell me more]",
+    "{H} and {o}", "{H}, {o}", "Hero: {h}. Object: {o}", "{h} + {o}", "story: {h}, {o}", "{ask} about {o} and {h}",
+    "{ask} about how {h} found {o}", "{ask} where {h} finds {o}", "{ask} about {h} who has {o}",
+    "{ask} about {h} who lost {o}", "{ask} about {h} and the lost {n}", "{ask} about {h} and the {n}",
+]  # fmt: skip
+HERO_ONLY = ["{ask} about {h}", "{ask} about {h}", "{ask} with {h}", "{ask} about {h} {place}", "{ask} about {h} and {f}",
+             "{ask} about {h} that teaches {theme}", "{H}", "{ask} for my friend. It should be about {h}"]  # fmt: skip
+THING_ONLY = ["{ask} about {o}", "{ask} about {o}", "{ask} with {o} in it", "{ask} about {o} {place}", "{ask} about the {n}"]
+NEITHER = ["{ask}", "{ask}", "{ask} about {theme}", "{ask} that teaches {theme}", "{ask} {place}", "{ask} about {f}"]
+
+
+@dataclass
+class Request:
+    """The user's words, and what the story must take up."""
+
+    text: str
+    hero: Character | None = None
+    thing: Thing | None = None
+    tell: dict = field(default_factory=dict)  # the other arguments of story.tell
+    is_open: bool = False  # some word of it is outside the grammar's lists
+
+
+def asked_hero(rng, is_open: bool) -> tuple[Character, str]:
+    """A hero somebody may ask for, and the phrase that asks: "a fox", "Tilda", "my dog Rex", "a brave zorb"."""
+    if is_open:
+        swapped = rng.random() < 0.12  # a teapot can be a hero as well
+        noun = pick(rng, OBJECTS) if swapped else open_noun(rng)
+    else:
+        noun = pick(rng, HEROES)
+    name = open_name(rng) if rng.random() < (0.6 if is_open else 0.15) else pick(rng, NAMES[pick(rng, ("he", "she"))])
+    if is_open and rng.random() < 0.35:  # only one of the two has to be new
+        noun = pick(rng, HEROES) if rng.random() < 0.5 else noun
+    adjective = open_adjective(rng) if is_open and rng.random() < 0.3 else pick(rng, lexicon.ADJECTIVES["good"])
+    draw = rng.random()
+    if draw < 0.5:
+        hero = cast_character(rng, noun, named=0.35)
+        return hero, with_article(noun)
+    if draw < 0.62:
+        hero = cast_character(rng, noun, adjective=adjective, named=0.35)
+        return hero, with_article(f"{adjective} {noun}")
+    if draw < 0.78:
+        joint = pick(rng, ("named", "called", "named"))
+        return cast_character(rng, noun, name), f"{with_article(noun)} {joint} {name}"
+    if draw < 0.9:
+        return cast_character(rng, None, name), name
+    if draw < 0.95:
+        return cast_character(rng, noun, name), f"{name} the {noun}"
+    return cast_character(rng, noun, name, adjective=""), f"my {noun} {name}"
+
+
+def asked_thing(rng, is_open: bool) -> tuple[Thing, str]:
+    """An object somebody may ask for, and the phrase that asks: "a key", "an old key", "some marbles", "her key"."""
+    if is_open:
+        noun = pick(rng, HEROES) if rng.random() < 0.08 else open_noun(rng)
+        plural = rng.random() < 0.08
+        noun = noun + "s" if plural else noun
+    else:
+        noun, plural = pick(rng, OBJECTS), None
+    draw = rng.random()
+    adjective = ""
+    if draw < 0.25:
+        adjective = open_adjective(rng) if is_open else pick(rng, lexicon.ADJECTIVES["thing"])
+        thing = cast_thing(rng, noun, adjective=adjective, plural=plural)
+    else:
+        thing = cast_thing(rng, noun, plural=plural)
+    phrase = thing.indefinite(adjective)
+    if draw > 0.96:
+        phrase = f"the {noun}"
+    return thing, phrase
+
+
+def asked_place(rng) -> str:
+    """A place: mostly one of the list, else an invented one ("near the zorble", "in Quambia")."""
+    if rng.random() < 0.7:
+        return pick(rng, PLACES)
+    start = pick(rng, ("in the", "near the", "under the", "behind the", "on the", "at the", "beside the", "in"))
+    return f"{start} {open_noun(rng) if start != 'in' else open_word(rng).capitalize()}"
+
+
+def request(rng, open_share: float = 0.45) -> Request:
+    """A request for a story. With chance `open_share` its hero, its object or both are outside the lists.
+
+    Held-out pairs of listed nouns (story.held_out) are never asked for.
+    """
+    is_open = rng.random() < open_share
+    which = rng.random()  # of an open request: hero and object 1/2, only the hero 1/4, only the object 1/4
+    hero, hero_phrase = asked_hero(rng, is_open and which < 0.75)
+    thing, thing_phrase = asked_thing(rng, is_open and (which < 0.5 or which >= 0.75))
+    if held_out(hero.noun, thing.noun):
+        return request(rng, open_share)
+    friend, friend_phrase = asked_hero(rng, is_open and rng.random() < 0.3)
+    theme, place = pick(rng, THEMES), asked_place(rng)
+    way = pick(rng, ("found",) * 7 + ("given", "bought", "made"))
+    ask = render(pick(rng, ASKS), {}, rng)
+    draw = rng.random()
+    patterns = BOTH if draw < 0.72 or is_open else HERO_ONLY if draw < 0.85 else THING_ONLY if draw < 0.93 else NEITHER
+    if is_open and draw < 0.12:
+        patterns = HERO_ONLY if which < 0.75 else THING_ONLY
+    pattern = pick(rng, patterns)
+    scene = {
+        "ask": ask.rstrip("?"), "h": hero_phrase, "o": thing_phrase, "n": thing.noun, "f": friend_phrase,
+        "theme": theme, "place": place, "finds": lambda dice: render(FINDS[way], {}, dice),
+    }  # fmt: skip
+    text = render(pattern, scene, rng)
+    if text[-1] not in ".?!":
+        text += ("?" if "?" in ask else "." if "{ask}" in pattern else "") if rng.random() < 0.85 else ""
+    draw = rng.random()
+    if draw < 0.08:
+        text = text[0].lower() + text[1:]
+    elif draw < 0.12 and "?" not in text:
+        text = text.rstrip(".") + ", please."
+    elif draw < 0.14:
+        text = text.rstrip(".") + "!"
+    arguments: dict = {"length": "short" if "short" in text or "little" in text else "normal"}
+    if "{place}" in pattern:
+        arguments["place"] = place
+    if "{theme}" in pattern:
+        arguments["theme"] = theme
+    if "{finds}" in pattern:
+        arguments["way"] = way
+    if "{f}" in pattern:
+        friend.adjective = friend.adjective if friend_phrase in with_article(f"{friend.adjective} {friend.noun}") else ""
+        arguments["friend"] = friend
+    if "{f}" in pattern and (friend.noun == hero.noun or (friend.name and friend.name == hero.name)):
+        return request(rng, open_share)
+    asks_hero, asks_thing = "{h}" in pattern.lower(), "{o}" in pattern or "{n}" in pattern
+    return Request(capital(text) if draw >= 0.08 else text, hero if asks_hero else None, thing if asks_thing else None,
+                   arguments, is_open)  # fmt: skip

@@ -1,0 +1,39 @@
+"""The CUDA set of operations, for model.llama.bind: every one is a numba.cuda kernel behind a launch wrapper.
+
+Weights are plain [N, K] matrices here (the packed layout is the CPU's), activations and the cache are device arrays of
+bf16 bits. In numba's simulator the same names run the lesson-grade kernels, so that a whole forward pass of a toy model
+can be stepped through without a GPU.
+
+Kernels are compiled at their first launch, or loaded from disk. gemm/gemv.py has one kernel for each number of rows from
+1 to 8, so a server that wants no hiccup runs one step at each of those batch sizes before it takes requests.
+"""
+
+from types import MappingProxyType
+
+from tinyvllm.kernels.argmax import argmax_cuda
+from tinyvllm.kernels.attention.cuda import attention_cuda
+from tinyvllm.kernels.embedding import embedding_cuda, gather_rows_cuda
+from tinyvllm.kernels.gemm.cuda import linear_cuda
+from tinyvllm.kernels.kv_cache import write_kv_cuda
+from tinyvllm.kernels.residual_add import residual_add_cuda
+from tinyvllm.kernels.rms_norm import add_rms_norm_cuda, rms_norm_cuda
+from tinyvllm.kernels.rope import rope_cuda
+from tinyvllm.kernels.sampling import sample_cuda
+from tinyvllm.kernels.silu_mul import silu_mul_cuda
+
+__all__ = ["OPS"]
+
+OPS = MappingProxyType({
+    "embedding": embedding_cuda,
+    "rms_norm": rms_norm_cuda,
+    "add_rms_norm": add_rms_norm_cuda,
+    "residual_add": residual_add_cuda,
+    "linear": linear_cuda,
+    "rope": rope_cuda,
+    "write_kv": write_kv_cuda,
+    "attention": attention_cuda,
+    "silu_mul": silu_mul_cuda,
+    "gather_rows": gather_rows_cuda,
+    "argmax": argmax_cuda,
+    "sample": sample_cuda,
+})
