@@ -78,9 +78,10 @@ def assemble(kernel, signature, capability):
 def test_lesson_grade_kernels_compile_for_a_gpu_too(name):
     kernel, signature = LESSON[name]
     _, registers, spills, stack = assemble(kernel, types.void(*arrays(signature)), CAPABILITIES[0])
-    assert spills == 0 and registers <= 128
-    # The sampler indexes 16 counters by a key's digit, which registers cannot do.
-    assert stack == (128 if name == "sample" else 0)
+    assert spills == 0
+    assert registers * kernel.options.get("launch_bounds", (256,))[0] <= 65536
+    # The sampler indexes 16 counters of 8 bytes by a key's digit, which registers cannot do: for top-k, for top-p.
+    assert stack == (256 if name == "sample" else 0)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: "sm_%d%d" % c)

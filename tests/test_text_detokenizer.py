@@ -161,6 +161,9 @@ def test_a_continued_text_keeps_its_first_space():
     tokenizer = Tokenizer(TOKENIZERS["sentencepiece"]())
     ids = tokenizer.encode("the fox", add_special_tokens=False)
     assert stream(tokenizer, ids)[1].text == "the fox"
+    # The first token is the first that adds text: neither a special one nor an id without a token.
+    late = [1, tokenizer.vocab_size + 7, *ids]
+    assert stream(tokenizer, late)[1].text == tokenizer.decode(late) == "the fox"
     assert stream(tokenizer, ids, prompt_token_ids=[1, 2])[1].text == " the fox"
 
 

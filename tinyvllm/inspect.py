@@ -38,8 +38,8 @@ class MemoryEstimate:
     """How memory is shared between weights and KV cache. All sizes in bytes.
 
     weights: in memory, as bfloat16. memory: what there is for both, or None if unknown; then num_blocks is
-    None. num_blocks: whole KV-cache blocks that fit beside the weights (0 or less: the weights alone do not
-    fit). Activations are not counted: they take a few MiB per thousand batched tokens.
+    None too. num_blocks: whole KV-cache blocks that fit beside the weights (below 0: not even those fit).
+    Activations are not counted: they depend on the batch, which the engine chooses.
     """
 
     weights: int
@@ -232,7 +232,8 @@ def inspect_model(
         FileReport(file.path.name, file.size, file.header_length, file.data_start, tuple(file))
         for file in checkpoint.files
     )
-    return ModelReport(Path(folder), config, files, estimate_memory(config, block_size, memory, max_model_len))
+    estimate = estimate_memory(config, block_size, memory, max_model_len)
+    return ModelReport(Path(folder), config, files, estimate)
 
 
 def format_bytes(count: int) -> str:

@@ -79,7 +79,7 @@ class LLMEngine:
         self._requests[request_id] = request
         self._prompts[request_id] = text
         if self.tokenizer is not None:
-            self._detokenizers[request_id] = self.tokenizer.incremental_detokenizer(params.stop)
+            self._detokenizers[request_id] = self.tokenizer.incremental_detokenizer(params.stop, prompt_token_ids=token_ids)
         self.scheduler.add_request(request)
         return request_id
 

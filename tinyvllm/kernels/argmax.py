@@ -7,8 +7,9 @@ Ties go to the lowest id, NaN never wins (every comparison with NaN is false), a
 import numpy as np
 
 from tinyvllm.kernels.bf16 import bf16_to_float32, widen
-from tinyvllm.kernels.cuda_support import block_threads, cuda, device_function, kernel, widen_cuda
+from tinyvllm.kernels.cuda_support import block_threads, cuda, device_function, kernel
 from tinyvllm.kernels.jit import cpu_jit
+from tinyvllm.kernels.ptx import widen_cuda
 
 __all__ = ["argmax_numpy", "argmax_cpu", "argmax_cuda"]
 
@@ -56,7 +57,7 @@ def block_argmax(value, index, values, indices):
     return values[0], indices[0]
 
 
-@kernel
+@kernel(max_threads=THREADS)
 def _argmax_kernel(out_ids, logits):
     """One block a row: each thread keeps the best of every 512th column, then the block's tree decides."""
     values = cuda.shared.array(THREADS, np.float32)

@@ -30,7 +30,7 @@ else:
     _IMPORT_ERROR = None
 
 __all__ = ["cuda", "simulated", "cuda_available", "require_cuda", "kernel", "device_function", "pointer", "workspace",
-           "ceil_div", "block_threads", "grid_1d", "widen_cuda", "narrow_cuda"]
+           "ceil_div", "block_threads", "grid_1d"]
 
 MINIMUM_COMPUTE_CAPABILITY = (8, 0)  # Ampere: the first with bf16 tensor cores and asynchronous copies
 THREADS = 256  # a block, for kernels that have one thread an element
@@ -131,24 +131,12 @@ class kernel:
 
 
 def device_function(function: Callable) -> Callable:
-    """A small function for use inside CUDA kernels, inlined into them; plain Python where numba.cuda is missing."""
-    return function if cuda is None else cuda.jit(device=True)(function)
-
-
-@device_function
-def widen_cuda(bits):
-    """One bfloat16 (uint16) as float32, on the GPU and in the simulator."""
-    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
-
-
-@device_function
-def narrow_cuda(value):
-    """One float32 as bfloat16 (uint16), to nearest even; NaN stays NaN. See kernels/bf16.py for the arithmetic."""
-    bits = np.float32(value).view(np.uint32)
-    if value != value:
-        return np.uint16(np.uint32(bits >> np.uint32(16)) | np.uint32(0x0040))
-    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
-    return np.uint16(np.uint32(bits + np.uint32(np.uint32(0x7FFF) + odd)) >> np.uint32(16))
+    """A small function for use inside CUDA kernels, compiled with them; plain Python where numba.cuda is missing."""
+    if cuda is None:
+        return function
+    # Inlined as Python, before types are inferred. Otherwise numba would compile it by itself and ask the driver for
+    # the GPU's architecture, and kernels must also compile where there is no GPU.
+    return cuda.jit(device=True, inline="always")(function)
 
 
 # ---- launching ----

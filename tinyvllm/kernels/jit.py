@@ -66,10 +66,10 @@ def cpu_jit(function: Callable | None = None, *, parallel: bool = False, fastmat
     if function is None:
         return functools.partial(cpu_jit, parallel=parallel, fastmath=fastmath)
     fastmath = set(fastmath) if fastmath else False
-    threads = PARALLEL if parallel else False
+    threads = dict(PARALLEL) if parallel else False  # numba empties the dictionary that it is given
     kernel = numba.njit(parallel=threads, fastmath=fastmath, error_model="numpy", nogil=True)(function)
     if isinstance(kernel, Dispatcher):  # a plain function when NUMBA_DISABLE_JIT is set
-        kernel._cache = KernelCache(function, {"parallel": threads, "fastmath": sorted(fastmath or ())})
+        kernel._cache = KernelCache(function, {"parallel": parallel, "fastmath": sorted(fastmath or ())})
     return kernel
 
 

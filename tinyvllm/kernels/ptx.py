@@ -24,12 +24,14 @@ In all of them the 32 lanes of a warp hold one matrix together. With g = lane //
 Source: NVIDIA, "Parallel Thread Execution ISA", sections on mma, ldmatrix, cp.async and shfl.
 """
 
-from tinyvllm.kernels.cuda_support import cuda, simulated
+import numpy as np
 
-__all__ = ["instruction", "mma_m16n8k16", "ldmatrix_x4", "ldmatrix_x4_transposed", "cp_async_16", "cp_async_commit",
+from tinyvllm.kernels.cuda_support import cuda, device_function, simulated
+
+__all__ = ["widen_cuda", "narrow_cuda", "instruction", "mma_m16n8k16", "ldmatrix_x4", "ldmatrix_x4_transposed", "cp_async_16", "cp_async_commit",
            "cp_async_wait", "load_16_bytes", "load_16_bytes_cached",
            "load_u32", "load_i32", "load_u16", "store_u32", "store_u16", "store_f32",
-           "load_f32", "load_shared_f32", "store_shared_f32", "low_bf16", "high_bf16", "pack_bf16", "to_bf16", "exp2",
+           "load_f32", "load_shared_f32", "store_shared_f32", "low_bf16", "high_bf16", "pack_bf16", "exp2",
            "maximum", "shuffle_xor", "thread_index", "lane_index", "block_index_x",
            "block_index_y", "block_index_z", "dynamic_shared", "warp_barrier"]
 
@@ -86,6 +88,27 @@ def instruction(text: str, outputs: str, inputs: str, *, volatile: bool = False,
     return intrinsic(namespace["ptx_instruction"])
 
 
+# ---- bf16, for kernels of either kind: one instruction on the GPU, the arithmetic of bf16.py in the simulator ----
+
+if INLINE:
+    # One bfloat16 (uint16) as float32: the upper half of a register whose lower half is zero.
+    widen_cuda = instruction("{ .reg .b16 zero; mov.b16 zero, 0; mov.b32 $0, {zero, $1}; }", "f32", "u16")
+    # One float32 as bfloat16, to nearest even; NaN stays NaN.
+    narrow_cuda = instruction("cvt.rn.bf16.f32 $0, $1;", "u16", "f32")
+else:
+
+    @device_function
+    def widen_cuda(bits):
+        return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+    @device_function
+    def narrow_cuda(value):
+        if value != value:
+            return np.uint16(0x7FFF)  # what the instruction makes of any NaN
+        bits = int(np.float32(value).view(np.uint32))
+        return np.uint16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+
+
 # ---- tensor cores ----
 
 # d0..d3 = mma_m16n8k16(c0..c3, a0..a3, b0, b1)
@@ -134,7 +157,6 @@ store_shared_f32 = instruction("st.shared.f32 [$0], $1;", "", "u32 f32", memory=
 low_bf16 = instruction("shl.b32 $0, $1, 16;", "f32", "u32")  # the lower half of a pair, widened
 high_bf16 = instruction("and.b32 $0, $1, 0xffff0000;", "f32", "u32")
 pack_bf16 = instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", "u32", "f32 f32")  # (low, high), to nearest even
-to_bf16 = instruction("cvt.rn.bf16.f32 $0, $1;", "u16", "f32")
 exp2 = instruction("ex2.approx.ftz.f32 $0, $1;", "f32", "f32")
 maximum = instruction("max.f32 $0, $1, $2;", "f32", "f32 f32")
 shuffle_xor = instruction("shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;", "f32", "f32 u32", volatile=True)

@@ -7,8 +7,9 @@ stands alone. The sum is formed in float32 and rounded once, as adding two bf16 
 import numpy as np
 
 from tinyvllm.kernels.bf16 import bf16_to_float32, float32_to_bf16, narrow, widen
-from tinyvllm.kernels.cuda_support import cuda, grid_1d, kernel, narrow_cuda, widen_cuda
+from tinyvllm.kernels.cuda_support import cuda, grid_1d, kernel
 from tinyvllm.kernels.jit import cpu_jit
+from tinyvllm.kernels.ptx import narrow_cuda, widen_cuda
 
 __all__ = ["residual_add_numpy", "residual_add_cpu", "residual_add_cuda"]
 

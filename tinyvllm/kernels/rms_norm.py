@@ -26,9 +26,9 @@ import numba
 import numpy as np
 
 from tinyvllm.kernels.bf16 import bf16_to_float32, float32_to_bf16, narrow, round_to_bf16, widen
-from tinyvllm.kernels.cuda_support import (block_threads, cuda, device_function, kernel, narrow_cuda, simulated,
-                                           widen_cuda)
+from tinyvllm.kernels.cuda_support import block_threads, cuda, device_function, kernel, simulated
 from tinyvllm.kernels.jit import cpu_jit
+from tinyvllm.kernels.ptx import narrow_cuda, widen_cuda
 from tinyvllm.kernels.residual_add import residual_add_cuda
 
 __all__ = ["rms_norm_numpy", "rms_norm_cpu", "rms_norm_cuda", "rms_norm_tree_cuda",

@@ -19,8 +19,9 @@ Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embeddin
 import numpy as np
 
 from tinyvllm.kernels.bf16 import bf16_to_float32, float32_to_bf16, narrow, round_to_bf16, widen
-from tinyvllm.kernels.cuda_support import cuda, grid_1d, kernel, narrow_cuda, widen_cuda
+from tinyvllm.kernels.cuda_support import cuda, grid_1d, kernel
 from tinyvllm.kernels.jit import cpu_jit
+from tinyvllm.kernels.ptx import narrow_cuda, widen_cuda
 
 __all__ = ["rope_numpy", "rope_cpu", "rope_cuda"]
 

@@ -30,9 +30,10 @@ import numpy as np
 
 from tinyvllm.kernels.argmax import argmax_numpy, block_argmax
 from tinyvllm.kernels.bf16 import bf16_to_float32, widen
-from tinyvllm.kernels.cuda_support import block_threads, cuda, device_function, kernel, widen_cuda
+from tinyvllm.kernels.cuda_support import block_threads, cuda, device_function, kernel
 from tinyvllm.kernels.jit import cpu_helper, cpu_jit
 from tinyvllm.kernels.philox import uniform_cpu, uniform_cuda, uniform_numpy
+from tinyvllm.kernels.ptx import widen_cuda
 
 __all__ = ["sample_numpy", "sample_cpu", "sample_cuda"]
 
@@ -230,7 +231,7 @@ def _total_mass(logits, row, lowest, temperature, z_max, bins):
     return bins[16]
 
 
-@kernel
+@kernel(max_threads=THREADS)
 def _sample_kernel(out_ids, logits, temperature, top_k, top_p, seed, position):
     """One block a row, in the order of the docstring above. Every branch around a barrier is taken by whole blocks."""
     values = cuda.shared.array(THREADS, np.float64)

@@ -16,7 +16,7 @@ class CPUBackend:
     name = "cpu"
 
     def __init__(self, enforce_eager: bool = False):
-        self.forward = llama.bind(cpu_backend.OPS) if enforce_eager else cpu_backend.compiled_forward()
+        self.forward = cpu_backend.eager_forward() if enforce_eager else cpu_backend.compiled_forward()
         self.argmax = cpu_backend.OPS["argmax"]
         self.sample = cpu_backend.OPS["sample"]
 

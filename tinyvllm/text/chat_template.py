@@ -50,8 +50,8 @@ class ChatTemplate:
             lines = source.splitlines()
             line = lines[problem.lineno - 1].strip() if 0 < problem.lineno <= len(lines) else ""
             raise TokenizerError(
-                f"{origin}: the template has a syntax error in line {problem.lineno}: {problem.message}\n    "
-                f"{line}"
+                f"{origin}: the template has a syntax error in line {problem.lineno}: {problem.message}\n"
+                f"    {line}"
             ) from None
         except RecursionError:
             raise TokenizerError(f"{origin}: the template is nested too deeply") from None

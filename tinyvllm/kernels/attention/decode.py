@@ -26,11 +26,12 @@ import math
 import numpy as np
 
 from tinyvllm.kernels.attention.prefill import LOG2_E, key_tile
-from tinyvllm.kernels.cuda_support import ceil_div, cuda, kernel, narrow_cuda, pointer, widen_cuda, workspace
+from tinyvllm.kernels.cuda_support import ceil_div, cuda, kernel, pointer, workspace
 from tinyvllm.kernels.ptx import (block_index_x, block_index_y, block_index_z, cp_async_16, cp_async_commit,
-                                  cp_async_wait, dynamic_shared, exp2, lane_index, ldmatrix_x4, ldmatrix_x4_transposed,
-                                  load_i32, load_shared_f32, load_u32, maximum, mma_m16n8k16, pack_bf16, shuffle_xor,
-                                  store_f32, store_shared_f32, store_u16, thread_index, to_bf16, warp_barrier)
+                                  cp_async_wait, dynamic_shared, exp2, lane_index, ldmatrix_x4,
+                                  ldmatrix_x4_transposed, load_i32, load_shared_f32, load_u32, maximum,
+                                  mma_m16n8k16, narrow_cuda, pack_bf16, shuffle_xor, store_f32,
+                                  store_shared_f32, store_u16, thread_index, warp_barrier, widen_cuda)
 
 __all__ = ["decode_attention_cuda", "decode_attention_simple_cuda", "decode_kernel", "SPLIT"]
 
@@ -277,7 +278,7 @@ def decode_kernel(D: int):
                 total = total + weight * load_shared_f32(at + column * 4)
             head = kv_head * group + first_head + row
             if seq_len <= SPLIT:  # the only part: finished
-                store_u16(out + np.uint64((request * num_heads + head) * D + column) * np.uint64(2), to_bf16(total / l))
+                store_u16(out + np.uint64((request * num_heads + head) * D + column) * np.uint64(2), narrow_cuda(total / l))
             else:
                 part = parts + (np.uint64(request * num_heads + head) * np.uint64(num_splits) + np.uint64(split)) * (
                     np.uint64(PART * 4))

@@ -36,10 +36,11 @@ import math
 
 import numpy as np
 
-from tinyvllm.kernels.cuda_support import ceil_div, cuda, device_function, kernel, narrow_cuda, pointer, widen_cuda
+from tinyvllm.kernels.cuda_support import ceil_div, cuda, device_function, kernel, pointer
 from tinyvllm.kernels.ptx import (block_index_x, block_index_y, cp_async_16, cp_async_commit, cp_async_wait,
-                                  dynamic_shared, exp2, lane_index, ldmatrix_x4, ldmatrix_x4_transposed, load_i32,
-                                  load_u32, maximum, mma_m16n8k16, pack_bf16, shuffle_xor, store_u32, thread_index)
+                                  dynamic_shared, exp2, lane_index, ldmatrix_x4, ldmatrix_x4_transposed,
+                                  load_i32, load_u32, maximum, mma_m16n8k16, narrow_cuda, pack_bf16,
+                                  shuffle_xor, store_u32, thread_index, widen_cuda)
 
 __all__ = ["prefill_attention_cuda", "prefill_attention_simple_cuda", "prefill_kernel", "tensor_core_can_run"]
 

@@ -38,7 +38,9 @@ from tinyvllm.kernels.jit import cpu_helper, cpu_jit, thread_count
 
 __all__ = ["linear_cpu", "linear_plain_cpu", "linear_dpbf16_cpu", "processor_has"]
 
-SERIAL_WORK = 1 << 20  # multiply-adds below which handing work to other threads costs more than it saves
+# A second thread pays from some 30 microseconds of work on: so many multiply-adds, or so many weights from memory.
+PARALLEL_WORK = 8 << 20
+PARALLEL_WEIGHTS = 1 << 20
 
 
 # ---- one tile, as LLVM instructions ----
@@ -232,7 +234,7 @@ def make_linear(step, tiles: Tiles) -> Callable:
         num_threads = thread_count()
         if x.shape[1] % 2:  # tiles read pairs (no model has an odd K: this need not be quick)
             linear_panels(out, with_zero_column(x), weight, bias, 0, num_panels)
-        elif out.size * x.shape[1] < SERIAL_WORK or num_threads == 1:
+        elif num_threads == 1 or (weight.size < PARALLEL_WEIGHTS and x.shape[0] * weight.size < PARALLEL_WORK):
             linear_panels(out, x, weight, bias, 0, num_panels)
         else:
             groups = (num_panels + one_panels - 1) // one_panels

@@ -17,8 +17,8 @@ import functools
 import numpy as np
 
 from tinyvllm.kernels.cuda_support import ceil_div, cuda, kernel, pointer
-from tinyvllm.kernels.ptx import (block_index_x, high_bf16, lane_index, load_16_bytes, load_16_bytes_cached, load_u16,
-                                  low_bf16, shuffle_xor, store_u16, thread_index, to_bf16)
+from tinyvllm.kernels.ptx import (block_index_x, high_bf16, lane_index, load_16_bytes, load_16_bytes_cached,
+                                  load_u16, low_bf16, narrow_cuda, shuffle_xor, store_u16, thread_index)
 
 __all__ = ["linear_gemv_cuda", "gemv_kernel", "MAX_ROWS"]
 
@@ -77,7 +77,7 @@ def gemv_kernel(ROWS: int):
                     if bias != 0:
                         total = total + low_bf16(load_u16(bias + np.uint64(first + n) * np.uint64(2)))
                     store_u16(out + (np.uint64(m) * np.uint64(num_outputs) + np.uint64(first + n)) * np.uint64(2),
-                              to_bf16(total))
+                              narrow_cuda(total))
 
     return gemv
 

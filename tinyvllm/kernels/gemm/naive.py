@@ -10,7 +10,8 @@ hardware can do over a hundred in the time that takes. Step 2 (tiled.py) reads e
 
 import numpy as np
 
-from tinyvllm.kernels.cuda_support import ceil_div, cuda, kernel, narrow_cuda, widen_cuda
+from tinyvllm.kernels.cuda_support import ceil_div, cuda, kernel
+from tinyvllm.kernels.ptx import narrow_cuda, widen_cuda
 
 __all__ = ["linear_naive_cuda"]
 

@@ -19,17 +19,19 @@ tiles to the tensor cores.
 
 import numpy as np
 
-from tinyvllm.kernels.cuda_support import ceil_div, cuda, kernel, narrow_cuda, widen_cuda
+from tinyvllm.kernels.cuda_support import ceil_div, cuda, kernel
+from tinyvllm.kernels.ptx import narrow_cuda, widen_cuda
 
 __all__ = ["linear_tiled_cuda"]
 
 TILE = 16
+PADDED = TILE + 1  # numba wants the size of a shared array as one constant
 
 
 @kernel
 def _tiled_kernel(out, x, weight, bias):
     x_tile = cuda.shared.array((TILE, TILE), np.float32)
-    weight_tile = cuda.shared.array((TILE, TILE + 1), np.float32)
+    weight_tile = cuda.shared.array((TILE, PADDED), np.float32)
     tx, ty = cuda.threadIdx.x, cuda.threadIdx.y
     row = cuda.blockIdx.y * TILE + ty
     column = cuda.blockIdx.x * TILE + tx
