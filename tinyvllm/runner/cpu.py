@@ -7,7 +7,6 @@ import numpy as np
 from tinyvllm.errors import OutOfDeviceMemoryError
 from tinyvllm.kernels import cpu_backend
 from tinyvllm.kernels.gemm.packing import pack_rows, packed_shape
-from tinyvllm.model import llama
 
 
 class CPUBackend:
