@@ -6,8 +6,9 @@ import pytest
 
 from tests.model_files import write_tiny_model
 from tinyvllm.errors import ConfigError, ModelFileError
-from tinyvllm.inspect import estimate_memory, format_bytes, inspect_model
+from tinyvllm.inspect import estimate_memory, inspect_model
 from tinyvllm.model.config import ModelConfig
+from tinyvllm.units import format_bytes
 
 PARAMETERS = (
     384 * 64 + 2 * (64 * 256 + 128 * 64 + 3 * 64 * 96 + 128) + 64

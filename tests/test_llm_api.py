@@ -198,7 +198,7 @@ def test_engine_options_are_checked_in_plain_words(make_llm, options, message):
 
 
 def test_memory_that_does_not_fit_is_refused_with_its_numbers(make_llm):
-    with pytest.raises(TinyVLLMError, match=r"does not fit in memory: weights .* GiB.*100000000 KV-cache blocks.*free"):
+    with pytest.raises(TinyVLLMError, match=r"does not fit in memory: weights .* KiB.*100000000 KV-cache blocks.*762.94 GiB.*free"):
         make_llm(num_blocks=100_000_000)
 
 

@@ -43,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="eight prompts under continuous batching, watched live")
     demo.add_argument("--plain", action="store_true", help="no live view: print completions and the summary only")
-    _add_model(demo, max_num_seqs=4, block_size=8)
+    demo.add_argument("--speed", type=float, metavar="N", help="at most N steps a second, to follow it by eye")
+    # Few seats and a small pool, so that there is something to see: waiting, sharing, now and then a preemption.
+    _add_model(demo, max_num_seqs=4, block_size=8, num_blocks=128)
     demo.set_defaults(run=_demo)
 
     inspect = commands.add_parser("inspect", help="tensors, dtypes, sizes and the memory plan of a model")
@@ -166,7 +168,7 @@ def _chat(arguments: argparse.Namespace) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     from tinyvllm.demo.show import run_demo
 
-    run_demo(lambda: _make_llm(arguments), live=not arguments.plain)
+    run_demo(lambda: _make_llm(arguments), live=not arguments.plain, steps_per_second=arguments.speed)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

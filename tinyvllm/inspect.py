@@ -17,8 +17,8 @@ from tinyvllm.errors import ConfigError
 from tinyvllm.loader.checkpoint import Checkpoint
 from tinyvllm.loader.safetensors_file import TensorInfo
 from tinyvllm.model.config import ModelConfig
+from tinyvllm.units import format_bytes
 
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _TENSOR_COLUMNS = ("tensor", "dtype", "shape", "bytes", "bytes of the file")
 
 
@@ -234,14 +234,6 @@ def inspect_model(
     )
     estimate = estimate_memory(config, block_size, memory, max_model_len)
     return ModelReport(Path(folder), config, files, estimate)
-
-
-def format_bytes(count: int) -> str:
-    """'512 KiB', '2.30 GiB', '1,023 B': in binary units, with two decimals where there is a fraction."""
-    value, unit = float(count), 0
-    while abs(value) >= 1024 and unit < len(_UNITS) - 1:
-        value, unit = value / 1024, unit + 1
-    return f"{value:,.0f} {_UNITS[unit]}" if value == int(value) else f"{value:,.2f} {_UNITS[unit]}"
 
 
 def _biases(config: ModelConfig) -> str:

@@ -31,7 +31,7 @@ SAMPLES = [
     "tell me a story about my cat Wojciech", "Tell me a story about courage.", "Can you tell me a story about a penguin and an umbrella?",
     "Tell me a story about a dinosaur named Blorp who finds a pizza.", "A mouse, a piano", "Tell me a story about friendship, with a bear and a bee.",
     "Tell me a story about a witch who finds a map in Paris.", "Tell me a story.", "Tell me a story about an old submarine.",
-    "Tell me a story about two neighbors and a balloon.", "Write a tale about a small toaster that wants a friend.",
+    "Tell me a story about a ballerina and a balloon.", "Write a tale about a small toaster that wants a friend.",
     "Tell me a story about a vampire who finds a bicycle under the bridge.", "Tell me a story about Captain Zoom and the golden banana.",
     "Hello!", "What is the capital of France?", "Repeat after me: the astronaut played the guitar on Mars", "What is the opposite of hot?",
     "Who are you?", "Write a poem about the sea.",
@@ -86,6 +86,7 @@ def story_section(answerer: Answerer, exams: list[ex.Exam], title: str) -> tuple
         "collapsed_percent": percent([m["collapsed"] for m in marks]),
         "names_consistent_percent": percent([m["names_consistent"] for m in marks]),
         "median_distinct_4grams": round(statistics.median(ex.distinct_share(t) for t, _ in answers), 3),
+        "likeness_between_requests": round(ex.likeness([t for t, _ in answers]), 3),
         "median_words": statistics.median(len(t.split()) for t, _ in answers),
     }
     failures = [

@@ -15,6 +15,7 @@ from tinyvllm.demo.fables.story import held_out, pick, tell
 from tinyvllm.demo.fables.tasks import some_words
 from tinyvllm.demo.outside import OUTSIDE_HEROES, OUTSIDE_NAMES, OUTSIDE_OBJECTS
 
+FAMILIAR = 8
 PHRASINGS = [  # the first eight in the manner of the training text, the others not: their wording never occurs there
     "Tell me a story about {h} who finds {o}.", "Tell me a story about {h} and {o}.", "Write a short fable about {h} and {o}.",
     "Can you tell me a story about {h} who finds {o}?", "Please tell me a bedtime story about {h} with {o}.",
@@ -22,6 +23,7 @@ PHRASINGS = [  # the first eight in the manner of the training text, the others 
     "I'd like you to come up with a nice story. Let the main character be {h}, and let there be {o} as well.",
     "My daughter wants to hear about {h} and {o}. Could you write something for her?",
     "Story time! Today: {h} and {o}!", "Think of {h}. Now think of {o}. Can you make a story of that?",
+    "Make me smile with {h} and {o}, will you?", "Yesterday I met {h}. Later I noticed {o}. What is the tale behind it?",
 ]  # fmt: skip
 
 
@@ -38,7 +40,9 @@ class Exam:
 def _asked(rng, hero: str, name: str | None, thing: str, kind: str, system: bool) -> Exam:
     hero_phrase = (f"{with_article(hero)} named {name}" if hero else name) if name else with_article(hero)
     thing_phrase = f"some {thing}" if thing in PLURAL else with_article(thing)
-    text = pick(rng, PHRASINGS).format(h=hero_phrase, o=thing_phrase)
+    wording = int(rng.random() * len(PHRASINGS))
+    text = PHRASINGS[wording].format(h=hero_phrase, o=thing_phrase)
+    kind = f"{kind}, {'familiar' if wording < FAMILIAR else 'new'} wording"
     messages = [{"role": "user", "content": text[0].upper() + text[1:] if rng.random() < 0.9 else text}]
     if system:
         messages.insert(0, {"role": "system", "content": "You are a helpful assistant."})
@@ -122,6 +126,17 @@ def distinct_share(text: str, n: int = 4) -> float:
     words = text.split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def likeness(texts: list[str], n: int = 4) -> float:
+    """Mean share of n-grams that two answers to different requests have in common (Jaccard, over neighbors in the
+    list): 0 where each request gets a story of its own, near 1 where greedy decoding tells everybody the same."""
+    grams = []
+    for text in texts:
+        words = text.split()
+        grams.append({tuple(words[i : i + n]) for i in range(len(words) - n + 1)})
+    pairs = [(a, b) for a, b in zip(grams, grams[1:]) if a and b]
+    return sum(len(a & b) / len(a | b) for a, b in pairs) / max(1, len(pairs))
 
 
 def collapsed(text: str, ended: bool) -> bool:

@@ -30,8 +30,8 @@ class Shape:
 
 TOY = Shape(hidden=64, layers=2, heads=2, kv_heads=1, intermediate=128)
 ROPE_SCALING = {
-    "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 1024,
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tinyvllm.errors import TokenizerError
+from tinyvllm.errors import ConfigError, TokenizerError
 from tinyvllm.outputs import EngineStats, RequestOutput
 from tinyvllm.sampling_params import SamplingParams
 
@@ -44,11 +44,14 @@ class Row:
     output: RequestOutput | None = None
 
 
-def run_demo(make_llm: Callable, live: bool = True, console: Console | None = None) -> list[RequestOutput]:
+def run_demo(make_llm: Callable, live: bool = True, steps_per_second: float | None = None,
+             console: Console | None = None) -> list[RequestOutput]:
     """Load a model with make_llm(), run PROMPTS through it, print completions and a summary; returns the outputs.
 
-    live: show the running engine, where the output is a terminal.
+    live: show the running engine, where the output is a terminal. steps_per_second: slow it down for the eye.
     """
+    if steps_per_second is not None and not steps_per_second > 0:
+        raise ConfigError(f"--speed must be a number of steps a second above 0, got {steps_per_second}")
     console = console or Console()
     start = time.perf_counter()
     console.print("Loading the model (the first time, its kernels are compiled: up to half a minute) ...")
@@ -57,10 +60,11 @@ def run_demo(make_llm: Callable, live: bool = True, console: Console | None = No
         raise TokenizerError(f"the demo chats, and {llm.model_path} has no chat template: "
                              "use `tinyvllm generate` with this model")
     loaded = time.perf_counter()
-    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
     rows: dict[str, Row] = {}
-    for prompt in PROMPTS:
+    for i, prompt in enumerate(PROMPTS):
         token_ids = llm.chat_token_ids([{"role": "user", "content": prompt}])
+        # Sampled, so that eight fables are eight different ones; seeded, so that everybody sees the same.
+        params = SamplingParams(temperature=0.8, seed=i, max_tokens=MAX_TOKENS)
         rows[llm.engine.add_request(token_ids, params)] = Row(prompt)
 
     first_token = None
@@ -71,6 +75,8 @@ def run_demo(make_llm: Callable, live: bool = True, console: Console | None = No
         view.start()
     try:
         while llm.engine.has_unfinished_requests():
+            if steps_per_second:
+                time.sleep(max(0.0, loaded + llm.engine.num_steps / steps_per_second - time.perf_counter()))
             for output in llm.engine.step():
                 row = rows[output.request_id]
                 row.output, row.text = output, output.outputs[0].text

@@ -47,13 +47,15 @@ def inputs_and_targets(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class RowPool:
     """Rows on the device: new shards join as the workers write them; every row is used once before any is reused."""
 
-    def __init__(self, folder: Path, device: str):
-        self.folder, self.device = folder, device
+    def __init__(self, folder: Path, device: str, workers: list):
+        self.folder, self.device, self.workers = folder, device, workers
         self.unread = torch.empty(0, dtype=torch.int64, device=device)
         self.rows: list[torch.Tensor] = []
         self.checked, self.fresh_tokens, self.refills = 0.0, 0, 0
 
     def _load(self) -> None:
+        if any(worker.poll() for worker in self.workers):
+            raise RuntimeError("a process that writes training text ended with an error (its message is above)")
         room = len(self.unread) < MOST_UNREAD
         new = sorted(self.folder.glob("rows_*.npy")) if room else []
         for path in new:
@@ -114,12 +116,12 @@ def train(options: argparse.Namespace) -> dict:
         tokenizer.save(str(tokenizer_file))
         workers = start_workers(tokenizer_file, Path(scratch), options.workers, options.seed + 1)
         try:
-            return _train(options, device, tokenizer, Path(scratch), begun)
+            return _train(options, device, tokenizer, Path(scratch), begun, workers)
         finally:
             stop_workers(workers)
 
 
-def _train(options, device: str, tokenizer, scratch: Path, begun: float) -> dict:
+def _train(options, device: str, tokenizer, scratch: Path, begun: float, workers: list) -> dict:
     shape = TOY if options.toy else Shape()
     network = Network(shape).to(device)
     weights = list(network.parameters())
@@ -144,7 +146,7 @@ def _train(options, device: str, tokenizer, scratch: Path, begun: float) -> dict
         loss_of(inputs_and_targets(warm)).backward()
         network.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
-    pool = RowPool(scratch, device)
+    pool = RowPool(scratch, device, workers)
     log, step, shown = [], 0, 0.0
     seconds = options.minutes * 60
     start = time.monotonic()

@@ -75,4 +75,5 @@ def _argmax_kernel(out_ids, logits):
 
 def argmax_cuda(out_ids, logits):
     """As argmax_numpy, on device arrays."""
-    _argmax_kernel[logits.shape[0], block_threads(THREADS)](out_ids, logits)
+    if logits.shape[0]:
+        _argmax_kernel[logits.shape[0], block_threads(THREADS)](out_ids, logits)

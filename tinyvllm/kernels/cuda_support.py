@@ -21,6 +21,9 @@ import numpy as np
 
 from tinyvllm.errors import DeviceError
 
+# numba warns of every launch that leaves multiprocessors idle; with one request in flight that is the normal case.
+os.environ.setdefault("NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS", "0")
+
 try:
     import numba_cuda  # noqa: F401  (numba has an older numba.cuda of its own, which lacks what ptx.py needs)
     from numba import cuda
@@ -30,7 +33,8 @@ else:
     _IMPORT_ERROR = None
 
 __all__ = ["cuda", "simulated", "cuda_available", "require_cuda", "kernel", "device_function", "pointer", "workspace",
-           "ceil_div", "block_threads", "grid_1d"]
+           "ceil_div", "block_threads", "row_grid",
+           "array_or_empty"]
 
 MINIMUM_COMPUTE_CAPABILITY = (8, 0)  # Ampere: the first with bf16 tensor cores and asynchronous copies
 THREADS = 256  # a block, for kernels that have one thread an element
@@ -152,10 +156,27 @@ def block_threads(threads: int) -> int:
     return min(threads, 32) if simulated() else threads
 
 
-def grid_1d(elements: int) -> tuple[int, int]:
-    """Blocks and threads for one thread an element (at least one block: an empty grid is an error in CUDA)."""
+def row_grid(rows: int, columns: int) -> tuple[tuple[int, int], int]:
+    """Blocks and threads for one thread an element of a [rows, columns] matrix.
+
+    Rows run along x, of which a grid may have 2**31, columns along y; a kernel's thread then works on
+    row = cuda.blockIdx.x, column = cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x, with no division.
+    """
     threads = block_threads(THREADS)
-    return max(1, ceil_div(elements, threads)), threads
+    return (rows, ceil_div(columns, threads)), threads
+
+
+@functools.lru_cache(maxsize=8)
+def _empty(dtype, context_id: int):
+    return cuda.device_array(0, dtype)
+
+
+def array_or_empty(array: Any) -> Any:
+    """The array, or where it has no elements a device array of none.
+
+    numba cannot index a device array without elements, so the absent biases of a model may be host arrays.
+    """
+    return array if array.shape[0] else _empty(np.dtype(array.dtype), id(cuda.current_context()))
 
 
 def pointer(array: Any) -> int:

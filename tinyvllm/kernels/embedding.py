@@ -10,7 +10,7 @@ table is at [v // 16, h // 2, 2 * (v % 16) + h % 2].
 
 import numpy as np
 
-from tinyvllm.kernels.cuda_support import cuda, grid_1d, kernel
+from tinyvllm.kernels.cuda_support import cuda, kernel, row_grid
 from tinyvllm.kernels.jit import cpu_jit
 
 __all__ = ["embedding_numpy", "embedding_cpu", "embedding_cuda",
@@ -52,18 +52,18 @@ def gather_rows_cpu(out, x, indices):
 @kernel
 def _gather_kernel(out, table, indices):
     """One thread an element: neighbours in a warp copy neighbours in a row, so loads and stores are coalesced."""
-    i = cuda.grid(1)
-    hidden = out.shape[1]
-    if i < out.shape[0] * hidden:
-        row = i // hidden
-        out[row, i - row * hidden] = table[indices[row], i - row * hidden]
+    row, column = cuda.blockIdx.x, cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x
+    if column < out.shape[1]:
+        out[row, column] = table[indices[row], column]
 
 
 def embedding_cuda(out, input_ids, table):
     """As embedding_numpy, on device arrays."""
-    _gather_kernel[grid_1d(out.size)](out, table, input_ids)
+    if out.size:
+        _gather_kernel[row_grid(*out.shape)](out, table, input_ids)
 
 
 def gather_rows_cuda(out, x, indices):
     """As gather_rows_numpy, on device arrays."""
-    _gather_kernel[grid_1d(out.size)](out, x, indices)
+    if out.size:  # a step in which no request is sampled from asks for no rows
+        _gather_kernel[row_grid(*out.shape)](out, x, indices)

@@ -15,7 +15,7 @@ Source: Kwon et al., "Efficient Memory Management for Large Language Model Servi
 
 import numpy as np
 
-from tinyvllm.kernels.cuda_support import cuda, grid_1d, kernel
+from tinyvllm.kernels.cuda_support import cuda, kernel, row_grid
 from tinyvllm.kernels.jit import cpu_jit
 
 __all__ = ["write_kv_numpy", "write_kv_cpu", "write_kv_cuda"]
@@ -49,13 +49,11 @@ def write_kv_cpu(k_cache, v_cache, qkv, slot_mapping, num_heads, num_kv_heads, h
 @kernel
 def _write_kv_kernel(k_cache, v_cache, qkv, slot_mapping, num_heads, num_kv_heads, head_dim, block_size):
     """One thread an element of one token's keys, and the element of its values at the same place."""
-    i = cuda.grid(1)
+    token, element = cuda.blockIdx.x, cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x
     size = num_kv_heads * head_dim
-    if i < qkv.shape[0] * size:
-        token = i // size
+    if element < size:
         slot = slot_mapping[token]
         if slot >= 0:
-            element = i - token * size
             head = element // head_dim
             feature = element - head * head_dim
             block = slot // block_size
@@ -66,5 +64,5 @@ def _write_kv_kernel(k_cache, v_cache, qkv, slot_mapping, num_heads, num_kv_head
 
 def write_kv_cuda(k_cache, v_cache, qkv, slot_mapping, num_heads, num_kv_heads, head_dim, block_size):
     """As write_kv_numpy, on device arrays."""
-    _write_kv_kernel[grid_1d(qkv.shape[0] * num_kv_heads * head_dim)](
+    _write_kv_kernel[row_grid(qkv.shape[0], num_kv_heads * head_dim)](
         k_cache, v_cache, qkv, slot_mapping, num_heads, num_kv_heads, head_dim, block_size)

@@ -32,7 +32,7 @@ __all__ = ["widen_cuda", "narrow_cuda", "instruction", "mma_m16n8k16", "ldmatrix
            "cp_async_wait", "load_16_bytes", "load_16_bytes_cached",
            "load_u32", "load_i32", "load_u16", "store_u32", "store_u16", "store_f32",
            "load_f32", "load_shared_f32", "store_shared_f32", "low_bf16", "high_bf16", "pack_bf16", "exp2",
-           "maximum", "shuffle_xor", "thread_index", "lane_index", "block_index_x",
+           "divide", "maximum", "shuffle_xor", "thread_index", "lane_index", "block_index_x",
            "block_index_y", "block_index_z", "dynamic_shared", "warp_barrier"]
 
 INLINE = cuda is not None and not simulated()  # the simulator runs Python: it knows no PTX
@@ -158,6 +158,8 @@ low_bf16 = instruction("shl.b32 $0, $1, 16;", "f32", "u32")  # the lower half of
 high_bf16 = instruction("and.b32 $0, $1, 0xffff0000;", "f32", "u32")
 pack_bf16 = instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", "u32", "f32 f32")  # (low, high), to nearest even
 exp2 = instruction("ex2.approx.ftz.f32 $0, $1;", "f32", "f32")
+# Python's // checks for a zero divisor and rounds down; for sizes, which are positive, one instruction does.
+divide = instruction("div.u32 $0, $1, $2;", "u32", "u32 u32")
 maximum = instruction("max.f32 $0, $1, $2;", "f32", "f32 f32")
 shuffle_xor = instruction("shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;", "f32", "f32 u32", volatile=True)
 

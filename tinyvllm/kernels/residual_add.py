@@ -7,7 +7,7 @@ stands alone. The sum is formed in float32 and rounded once, as adding two bf16 
 import numpy as np
 
 from tinyvllm.kernels.bf16 import bf16_to_float32, float32_to_bf16, narrow, widen
-from tinyvllm.kernels.cuda_support import cuda, grid_1d, kernel
+from tinyvllm.kernels.cuda_support import cuda, kernel, row_grid
 from tinyvllm.kernels.jit import cpu_jit
 from tinyvllm.kernels.ptx import narrow_cuda, widen_cuda
 
@@ -29,14 +29,11 @@ def residual_add_cpu(residual, x):
 
 @kernel
 def _residual_add_kernel(residual, x):
-    i = cuda.grid(1)
-    hidden = residual.shape[1]
-    if i < residual.shape[0] * hidden:
-        row = i // hidden
-        column = i - row * hidden
+    row, column = cuda.blockIdx.x, cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x
+    if column < residual.shape[1]:
         residual[row, column] = narrow_cuda(widen_cuda(residual[row, column]) + widen_cuda(x[row, column]))
 
 
 def residual_add_cuda(residual, x):
     """As residual_add_numpy, on device arrays."""
-    _residual_add_kernel[grid_1d(residual.size)](residual, x)
+    _residual_add_kernel[row_grid(*residual.shape)](residual, x)

@@ -19,7 +19,7 @@ Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embeddin
 import numpy as np
 
 from tinyvllm.kernels.bf16 import bf16_to_float32, float32_to_bf16, narrow, round_to_bf16, widen
-from tinyvllm.kernels.cuda_support import cuda, grid_1d, kernel
+from tinyvllm.kernels.cuda_support import cuda, kernel, row_grid
 from tinyvllm.kernels.jit import cpu_jit
 from tinyvllm.kernels.ptx import narrow_cuda, widen_cuda
 
@@ -63,11 +63,8 @@ def rope_cpu(qkv, positions, cos_sin, num_heads, num_kv_heads, head_dim):
 def _rope_kernel(qkv, positions, cos_sin, turned_heads, head_dim):
     """One thread a pair of features."""
     half = head_dim // 2
-    i = cuda.grid(1)
-    pairs = turned_heads * half  # of one token
-    if i < qkv.shape[0] * pairs:
-        token = i // pairs
-        pair = i - token * pairs
+    token, pair = cuda.blockIdx.x, cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x
+    if pair < turned_heads * half:
         head = pair // half
         feature = pair - head * half
         cos = widen_cuda(cos_sin[positions[token], feature])
@@ -84,4 +81,4 @@ def _rope_kernel(qkv, positions, cos_sin, turned_heads, head_dim):
 def rope_cuda(qkv, positions, cos_sin, num_heads, num_kv_heads, head_dim):
     """As rope_numpy, on device arrays."""
     turned = num_heads + num_kv_heads
-    _rope_kernel[grid_1d(qkv.shape[0] * turned * head_dim // 2)](qkv, positions, cos_sin, turned, head_dim)
+    _rope_kernel[row_grid(qkv.shape[0], turned * head_dim // 2)](qkv, positions, cos_sin, turned, head_dim)

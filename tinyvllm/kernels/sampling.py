@@ -274,5 +274,6 @@ def _sample_kernel(out_ids, logits, temperature, top_k, top_p, seed, position):
 
 def sample_cuda(out_ids, logits, temperature, top_k, top_p, seed, position):
     """As sample_numpy, on device arrays."""
-    _sample_kernel[logits.shape[0], block_threads(THREADS)](
-        out_ids, logits, temperature, top_k, top_p, seed, position)
+    if logits.shape[0]:
+        _sample_kernel[logits.shape[0], block_threads(THREADS)](
+            out_ids, logits, temperature, top_k, top_p, seed, position)

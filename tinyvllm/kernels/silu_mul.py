@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from tinyvllm.kernels.bf16 import bf16_to_float32, float32_to_bf16, narrow, round_to_bf16, widen
-from tinyvllm.kernels.cuda_support import cuda, grid_1d, kernel
+from tinyvllm.kernels.cuda_support import cuda, kernel, row_grid
 from tinyvllm.kernels.jit import cpu_jit
 from tinyvllm.kernels.ptx import narrow_cuda, widen_cuda
 
@@ -42,11 +42,9 @@ def silu_mul_cpu(out, gate_up):
 
 @kernel
 def _silu_mul_kernel(out, gate_up):
-    i = cuda.grid(1)
+    row, column = cuda.blockIdx.x, cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x
     intermediate = out.shape[1]
-    if i < out.shape[0] * intermediate:
-        row = i // intermediate
-        column = i - row * intermediate
+    if column < intermediate:
         gate = widen_cuda(gate_up[row, column])
         # exp(88.8) is infinite in float32 already; the clamp is for the simulator, whose math.exp raises above 709.
         exp = np.float32(math.exp(min(-gate, np.float32(700))))
@@ -56,4 +54,4 @@ def _silu_mul_kernel(out, gate_up):
 
 def silu_mul_cuda(out, gate_up):
     """As silu_mul_numpy, on device arrays."""
-    _silu_mul_kernel[grid_1d(out.size)](out, gate_up)
+    _silu_mul_kernel[row_grid(*out.shape)](out, gate_up)

@@ -42,12 +42,18 @@ def available_cores() -> int:
     return max(1, cores)
 
 
-def configure_threads() -> None:
-    """Make the calling Python thread's parallel loops use `available_cores()` threads. Only its first call does work."""
-    if getattr(_configured, "done", False):
-        return
-    if "NUMBA_NUM_THREADS" not in os.environ:
-        numba.set_num_threads(min(available_cores(), numba.config.NUMBA_NUM_THREADS))
+def configure_threads(count: int | None = None) -> None:
+    """Set the number of threads of the calling Python thread's parallel loops.
+
+    Without a count: `available_cores()`, unless this thread was configured before.
+    """
+    if count is None:
+        if getattr(_configured, "done", False):
+            return
+        count = available_cores()
+        if "NUMBA_NUM_THREADS" in os.environ:
+            count = numba.config.NUMBA_NUM_THREADS
+    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
     _configured.done = True
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from tinyvllm.errors import OutOfDeviceMemoryError
 from tinyvllm.kernels import cpu_backend
 from tinyvllm.kernels.gemm.packing import pack_rows, packed_shape
+from tinyvllm.units import format_bytes
 
 
 class CPUBackend:
@@ -34,7 +35,7 @@ class CPUBackend:
         except MemoryError:
             wanted = int(np.prod(shape)) * np.dtype(dtype).itemsize
             raise OutOfDeviceMemoryError(
-                f"out of memory: {wanted / 2**30:.2f} GiB asked for, {self.memory_info()[0] / 2**30:.2f} GiB free; "
+                f"out of memory: {format_bytes(wanted)} asked for, {format_bytes(self.memory_info()[0])} free; "
                 "lower max_model_len, max_num_seqs or num_blocks") from None
 
     def put_linear(self, destination, row_offset, rows) -> None:

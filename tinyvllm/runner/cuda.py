@@ -6,6 +6,7 @@ from tinyvllm.errors import OutOfDeviceMemoryError
 from tinyvllm.kernels import cuda_backend
 from tinyvllm.kernels.cuda_support import cuda, require_cuda
 from tinyvllm.model import llama
+from tinyvllm.units import format_bytes
 
 _CUDA_ERROR_OUT_OF_MEMORY = 2
 
@@ -28,6 +29,8 @@ class CUDABackend:
         return num_rows, num_columns
 
     def empty(self, shape, dtype):
+        if 0 in shape:  # absent biases; numba cannot index a device array without elements, and no kernel reads them
+            return np.empty(shape, dtype)
         try:
             return cuda.device_array(shape, dtype)
         except Exception as error:
@@ -36,8 +39,8 @@ class CUDABackend:
             wanted = int(np.prod(shape)) * np.dtype(dtype).itemsize
             free, total = self.memory_info()
             raise OutOfDeviceMemoryError(
-                f"out of GPU memory: {wanted / 2**30:.2f} GiB asked for, {free / 2**30:.2f} of {total / 2**30:.2f} "
-                "GiB free; close other programs on the GPU, or lower gpu_memory_utilization, num_blocks, "
+                f"out of GPU memory: {format_bytes(wanted)} asked for, {format_bytes(free)} of {format_bytes(total)} free; "
+                "close other programs on the GPU, or lower gpu_memory_utilization, num_blocks, "
                 "max_num_batched_tokens or max_model_len") from None
 
     def zeros(self, shape, dtype):

@@ -8,6 +8,7 @@ from tinyvllm.model.config import ModelConfig
 from tinyvllm.runner.backend import Backend
 from tinyvllm.runner.model_runner import buffer_shapes
 from tinyvllm.runner.weights import weight_bytes
+from tinyvllm.units import format_bytes
 
 BYTES = 2  # bfloat16 everywhere
 DEFAULT_MAX_NUM_SEQS = {"cpu": 32, "cuda": 256}
@@ -29,10 +30,9 @@ class MemoryPlan:
     max_num_batched_tokens: int
 
     def describe(self) -> str:
-        gib = 2**30
-        return (f"weights {self.weight_bytes / gib:.2f} GiB, activations {self.activation_bytes / gib:.2f} GiB, "
-                f"KV cache {self.kv_cache_bytes / gib:.2f} GiB in {self.num_blocks} blocks of "
-                f"{self.block_bytes / 1024:.0f} KiB")
+        return (f"weights {format_bytes(self.weight_bytes)}, activations {format_bytes(self.activation_bytes)}, "
+                f"KV cache {format_bytes(self.kv_cache_bytes)} in {self.num_blocks} blocks of "
+                f"{format_bytes(self.block_bytes)}")
 
 
 def plan_memory(model: ModelConfig, engine: EngineConfig, backend: Backend) -> MemoryPlan:
@@ -69,13 +69,9 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, backend: Backend) -> M
     needed = weights + activations + max(1, num_blocks) * block
     if num_blocks < 1 or needed > free:
         raise OutOfDeviceMemoryError(
-            f"this does not fit in memory: weights {_gib(weights)}, activations {_gib(activations)} and "
-            f"{max(1, num_blocks)} KV-cache blocks of {engine.block_size} tokens {_gib(max(1, num_blocks) * block)} "
-            f"make {_gib(needed)}, and {_gib(free)} of {_gib(total)} are free; lower num_blocks, "
+            f"this does not fit in memory: weights {format_bytes(weights)}, activations {format_bytes(activations)} and "
+            f"{max(1, num_blocks)} KV-cache blocks of {engine.block_size} tokens {format_bytes(max(1, num_blocks) * block)} "
+            f"make {format_bytes(needed)}, and {format_bytes(free)} of {format_bytes(total)} are free; lower num_blocks, "
             "max_num_batched_tokens, max_num_seqs or max_model_len, or use a smaller model")
     return MemoryPlan(weights, activations, num_blocks * block, block, num_blocks, max_model_len, max_num_seqs,
                       max_tokens)
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"

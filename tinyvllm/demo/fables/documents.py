@@ -99,14 +99,14 @@ def _again(rng) -> Document:
         return Document("again", chat([*turns, (again, story.text)]))
     while True:
         hero, phrase = asked_hero(rng, rng.random() < 0.5)
-        if not held_out(hero.noun, story.thing.noun) and hero.noun != story.hero.noun:
+        if not held_out(hero.noun, story.thing.noun) and hero.noun not in (story.hero.noun, story.friend.noun, story.troubled.noun):
             break
     dice.setstate(state)
     if asked.thing:
         asked.thing.met = False
     if friend := asked.tell.get("friend"):
         friend.met = False
-    other = tell(dice, hero=hero, thing=asked.thing, **asked.tell)
+    other = tell(dice, hero=hero, thing=asked.thing, taste=story.taste, **asked.tell)
     change = pick(rng, ("Tell it again, but with {}.", "Now the same with {}.", "Tell it again with {} instead.", "Again, with {}."))
     return Document("again", chat([*turns, (change.format(phrase), other.text)]))
 

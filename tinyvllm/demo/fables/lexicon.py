@@ -152,7 +152,9 @@ _heroes = read_list(HERE / "words" / "heroes.txt")
 HE, SHE = set(_heroes.pop("he")), set(_heroes.pop("she"))
 GAIT_OF = {noun: gait for gait, nouns in _heroes.items() for noun in nouns}
 HEROES = list(GAIT_OF)
-VICTIMS = [noun for noun, gait in GAIT_OF.items() if gait in EARTHBOUND]
+# Nouns of fixed gender are drawn three times as often, so that their pronouns are learned.
+DRAWN_HEROES = HEROES + 2 * [noun for noun in HEROES if noun in HE or noun in SHE]
+VICTIMS = [noun for noun in DRAWN_HEROES if GAIT_OF[noun] in EARTHBOUND]
 _objects = read_list(HERE / "words" / "objects.txt")
 PLURAL = {entry[:-1] for entries in _objects.values() for entry in entries if entry.endswith("+")}
 USE_OF = {entry.rstrip("+"): use for use, entries in _objects.items() for entry in entries}

@@ -76,6 +76,15 @@ def _letters(rng) -> str:
     return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(2 + int(rng.random() * 8)))
 
 
+def _near_miss(rng) -> str:
+    """A real word with a new end, or with one letter changed: what must not be completed to the real one."""
+    word = rng.choice(_real_words())
+    if rng.random() < 0.6:
+        return word[: len(word) - int(rng.random() * 3)] + _syllables(rng)[:4]
+    at = int(rng.random() * len(word))
+    return word[:at] + rng.choice("abcdefghijklmnopqrstuvwxyz") + word[at + 1 :]
+
+
 def open_word(rng) -> str:
     """One lower-case word of 2 or more letters that is neither a reserved word nor, as a rule, a real one."""
     while True:
@@ -88,8 +97,10 @@ def open_word(rng) -> str:
             word = _blend(rng)
         elif draw < 0.87:
             word = _suffixed(rng)
-        elif draw < 0.95:
+        elif draw < 0.92:
             word = _letters(rng)
+        elif draw < 0.97:
+            word = _near_miss(rng)
         else:
             word = rng.choice(_real_words()) + rng.choice(_real_words())
         if rng.random() < 0.03:

@@ -7,43 +7,13 @@ from dataclasses import dataclass, field
 
 from tinyvllm.demo.fables import lexicon
 from tinyvllm.demo.fables.cast import Character, Thing
-from tinyvllm.demo.fables.lexicon import HEROES, NAMES, OBJECTS, PLACES, THEMES, with_article
+from tinyvllm.demo.fables.lexicon import DRAWN_HEROES, HEROES, NAMES, OBJECTS, PLACES, THEMES, with_article
 from tinyvllm.demo.fables.open_words import open_adjective, open_name, open_noun, open_word
+from tinyvllm.demo.fables.phrases import (
+    AFTER, ASKS, BEFORE, BOTH, CLAUSES, FINDS, HERO_ONLY, NEITHER, THING_ONLY,
+)  # fmt: skip
 from tinyvllm.demo.fables.story import cast_character, cast_thing, held_out, pick
 from tinyvllm.demo.fables.template import capital, render
-
-KIND = "[story|story|story|fable|tale|short story|little story|bedtime story|short fable|little tale]"
-ASKS = [  # sentences that go on with "about ..."; the ones with "?" ask a question
-    f"Tell me a {KIND}", f"Tell me a {KIND}", f"Please tell me a {KIND}", f"Tell a {KIND}", f"Write a {KIND}",
-    f"Write me a {KIND}", f"Please write a {KIND}", f"I would like a {KIND}", f"I would like to hear a {KIND}",
-    f"I want a {KIND}", f"Give me a {KIND}", f"Make up a {KIND}", f"Let me hear a {KIND}", f"Invent a {KIND}",
-    f"Can you tell me a {KIND}?", f"Could you tell me a {KIND}?", f"Would you tell me a {KIND}?", f"A {KIND}",
-    f"Can you write a {KIND}?", f"Do you know a {KIND}?", f"How about a {KIND}?", f"Hello! Tell me a {KIND}",
-    f"Hi, please tell me a {KIND}", f"I'd love a {KIND}", f"One {KIND}, please,", f"Create a {KIND}", f"Now a {KIND}",
-]  # fmt: skip
-FINDS = {
-    "found": "[who finds|who finds|who finds|that finds|who found|who discovers|who comes across|finding|who picks up]",
-    "given": "[who is given|who gets|who receives|who gets a present,]",
-    "bought": "[who buys|who bought|who goes shopping and buys]",
-    "made": "[who makes|who builds|who made]",
-}
-BOTH = [  # hero {h}, object {o}, the way of getting it {finds}
-    "{ask} about {h} {finds} {o}", "{ask} about {h} {finds} {o}", "{ask} about {h} {finds} {o}",
-    "{ask} about {h} and {o}", "{ask} about {h} and {o}", "{ask} about {h} and {o}", "{ask} with {h} and {o}",
-    "{ask} about {h} with {o}", "{ask} about {h} {finds} {o} {place}", "{ask} about {h} and {o} {place}",
-    "{ask} about {h} {finds} {o} that teaches {theme}", "{ask} about {theme}, with {h} and {o}",
-    "{ask} about {h}, {f} and {o}", "{ask} about {h} and {f} who find {o}", "{ask} about {h} who meets {f} and finds {o}",
-    "{ask} in which {h} finds {o}", "{ask}. The hero is {h}. There should be {o} in it",
-    "{ask}. It should be about {h} and {o}", "{H} finds {o}. [Tell me the story|What happens next?|Tell me more]",
-    "{H} and {o}", "{H}, {o}", "Hero: {h}. Object: {o}", "{h} + {o}", "story: {h}, {o}", "{ask} about {o} and {h}",
-    "{ask} about how {h} found {o}", "{ask} where {h} finds {o}", "{ask} about {h} who has {o}",
-    "{ask} about {h} who lost {o}", "{ask} about {h} and the lost {n}", "{ask} about {h} and the {n}",
-]  # fmt: skip
-HERO_ONLY = ["{ask} about {h}", "{ask} about {h}", "{ask} with {h}", "{ask} about {h} {place}", "{ask} about {h} and {f}",
-             "{ask} about {h} that teaches {theme}", "{H}", "{ask} for my friend. It should be about {h}"]  # fmt: skip
-THING_ONLY = ["{ask} about {o}", "{ask} about {o}", "{ask} with {o} in it", "{ask} about {o} {place}", "{ask} about the {n}"]
-NEITHER = ["{ask}", "{ask}", "{ask} about {theme}", "{ask} that teaches {theme}", "{ask} {place}", "{ask} about {f}"]
-
 
 @dataclass
 class Request:
@@ -62,10 +32,10 @@ def asked_hero(rng, is_open: bool) -> tuple[Character, str]:
         swapped = rng.random() < 0.12  # a teapot can be a hero as well
         noun = pick(rng, OBJECTS) if swapped else open_noun(rng)
     else:
-        noun = pick(rng, HEROES)
+        noun = pick(rng, DRAWN_HEROES)
     name = open_name(rng) if rng.random() < (0.6 if is_open else 0.15) else pick(rng, NAMES[pick(rng, ("he", "she"))])
     if is_open and rng.random() < 0.35:  # only one of the two has to be new
-        noun = pick(rng, HEROES) if rng.random() < 0.5 else noun
+        noun = pick(rng, DRAWN_HEROES) if rng.random() < 0.5 else noun
     adjective = open_adjective(rng) if is_open and rng.random() < 0.3 else pick(rng, lexicon.ADJECTIVES["good"])
     draw = rng.random()
     if draw < 0.5:
@@ -133,20 +103,15 @@ def request(rng, open_share: float = 0.45) -> Request:
     if is_open and draw < 0.12:
         patterns = HERO_ONLY if which < 0.75 else THING_ONLY
     pattern = pick(rng, patterns)
+    if "{f}" in pattern and (friend.noun == hero.noun or (friend.name and friend.name == hero.name)):
+        return request(rng, open_share)
     scene = {
         "ask": ask.rstrip("?"), "h": hero_phrase, "o": thing_phrase, "n": thing.noun, "f": friend_phrase,
         "theme": theme, "place": place, "finds": lambda dice: render(FINDS[way], {}, dice),
+        "clause": lambda dice: render(pick(dice, CLAUSES), {"w": open_word, "x": open_name}, dice),
+        "w": open_word, "x": open_name,
     }  # fmt: skip
-    text = render(pattern, scene, rng)
-    if text[-1] not in ".?!":
-        text += ("?" if "?" in ask else "." if "{ask}" in pattern else "") if rng.random() < 0.85 else ""
-    draw = rng.random()
-    if draw < 0.08:
-        text = text[0].lower() + text[1:]
-    elif draw < 0.12 and "?" not in text:
-        text = text.rstrip(".") + ", please."
-    elif draw < 0.14:
-        text = text.rstrip(".") + "!"
+    text = _finish(rng, render(pattern, scene, rng), "?" if "?" in ask else "." if "{ask}" in pattern else "", scene)
     arguments: dict = {"length": "short" if "short" in text or "little" in text else "normal"}
     if "{place}" in pattern:
         arguments["place"] = place
@@ -155,10 +120,27 @@ def request(rng, open_share: float = 0.45) -> Request:
     if "{finds}" in pattern:
         arguments["way"] = way
     if "{f}" in pattern:
-        friend.adjective = friend.adjective if friend_phrase in with_article(f"{friend.adjective} {friend.noun}") else ""
+        named = with_article(f"{friend.adjective} {friend.noun}")
+        friend.adjective = friend.adjective if friend_phrase.startswith(named) else ""
         arguments["friend"] = friend
-    if "{f}" in pattern and (friend.noun == hero.noun or (friend.name and friend.name == hero.name)):
-        return request(rng, open_share)
-    asks_hero, asks_thing = "{h}" in pattern.lower(), "{o}" in pattern or "{n}" in pattern
-    return Request(capital(text) if draw >= 0.08 else text, hero if asks_hero else None, thing if asks_thing else None,
-                   arguments, is_open)  # fmt: skip
+    asks_hero, asks_thing = "{h}" in pattern.lower(), "{o}" in pattern.lower() or "{n}" in pattern
+    return Request(text, hero if asks_hero else None, thing if asks_thing else None, arguments, is_open)
+
+
+def _finish(rng, text: str, mark: str, scene: dict) -> str:
+    """Punctuate a request and, now and then, put words around it or write it carelessly."""
+    if text[-1] not in ".?!":
+        text += mark if rng.random() < 0.85 else ""
+    draw = rng.random()
+    if draw < 0.08:
+        return text[0].lower() + text[1:]
+    text = capital(text)
+    if draw < 0.12 and "?" not in text:
+        return text.rstrip(".") + ", please."
+    if draw < 0.14:
+        return text.rstrip(".") + "!"
+    if draw < 0.26:
+        return f"{render(pick(rng, BEFORE), scene, rng)} {text}"
+    if draw < 0.34:
+        return f"{text.rstrip('.')}{'' if text[-1] in '?!' else '.'} {render(pick(rng, AFTER), scene, rng)}"
+    return text

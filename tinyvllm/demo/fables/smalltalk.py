@@ -16,7 +16,8 @@ TALK = [  # (what users say, as alternatives; what the model answers)
     ("Hello|Hello!|Hi|Hi!|Hey|Hi there|Hello there|Good day|hello|hi|hey there|Greetings|Hiya|Howdy",
      "[Hello!|Hi there!|Good day!] [Would you like to hear a story?|Shall I tell you a fable?|Who shall my story be about?]"),
     ("Good morning|Good morning!|Morning|good morning", "Good morning! It is a fine day for a story."),
-    ("Good evening|Good evening!|Good night|Good night.|good night|Sleep well", "Good night! Sleep well, and dream of foxes."),
+    ("Good evening|Good evening!|good evening|Good evening to you", "Good evening! It is just the time for a story."),
+    ("Good night|Good night.|Good night!|good night|Sleep well", "Good night! Sleep well, and dream of foxes."),
     ("Who are you?|What are you?|who are you|Tell me about yourself.|Introduce yourself.|What is your name?|Are you ChatGPT?",
      "I am a very small language model that tells fables. " + ABLE),
     ("What can you do?|Help|help|What can I ask you?|How does this work?|What do you know?|Can you help me?|What now?",
@@ -55,7 +56,11 @@ _COMMON = ("history physics music ball chess science money time love war peace w
 def greeting(rng) -> list[Turn]:
     """One exchange of small talk."""
     said, answer = pick(rng, TALK)
-    return [(pick(rng, said.split("|")), render(answer, {}, rng))]
+    words = pick(rng, said.split("|"))
+    if words[-1] not in "?." and rng.random() < 0.2:
+        name = pick(rng, ("my friend", "there", "storyteller", open_name(rng)))
+        words = f"{words.rstrip('!')}, {name}{pick(rng, ('!', '.', ''))}"
+    return [(words, render(answer, {}, rng))]
 
 
 def unknown(rng) -> list[Turn]:

@@ -8,12 +8,12 @@ import re
 import zlib
 from dataclasses import dataclass
 
-from tinyvllm.demo.fables import lexicon
 from tinyvllm.demo.fables.cast import Character, Place, Sky, Thing
 from tinyvllm.demo.fables.lexicon import (
-    ADJECTIVES, GAIT_OF, GENDER_OF_NAME, HE, HEROES, MORALS, NAMES, OBJECTS, PLACES, PLOTS, PLOTS_OF, PLURAL, POOLS,
-    PROBLEMS, SHE, THEMES, TIMES, USE_OF, VICTIMS, WEATHER, Plot, Problem,
+    ADJECTIVES, DRAWN_HEROES, GAIT_OF, GENDER_OF_NAME, HE, MORALS, NAMES, OBJECTS, PLACES, PLOTS, PLOTS_OF, PLURAL, POOLS,
+    PROBLEMS, SHE, TIMES, USE_OF, VICTIMS, WEATHER, Plot, Problem,
 )  # fmt: skip
+from tinyvllm.demo.fables.taste import Taste, pick
 from tinyvllm.demo.fables.template import capital, render
 
 # Objects that the helper gives away, or that are eaten, cannot stand by the hero's door in the end.
@@ -26,7 +26,8 @@ _CLASHES = {  # times of the year or day that a kind of weather cannot go with
     "sun": "evening", "mist": "evening",
 }  # fmt: skip
 _OPTIONAL = {"{@wonder}": 0.25, "{@tension}": 0.35, "{@thanks}": 0.2, "{@take}": 0.25}
-# A problem with its own weather keeps the story's sky quiet; some families call it by another name.
+# Hero, friend and whoever is in trouble never share a noun or a drawn name: each has lists of its own.
+_FRIENDS, _TROUBLED = sorted(set(VICTIMS))[0::2], sorted(set(VICTIMS))[1::2]
 
 
 def held_out(hero: str, thing: str) -> bool:
@@ -50,14 +51,11 @@ class Story:
     moral: str
     weather_answer: str
     trouble: str  # "the hare was lost in a dark cave"
+    taste: Taste
 
     @property
     def text(self) -> str:
         return " ".join(self.beats)
-
-
-def pick(rng, options):
-    return options[int(rng.random() * len(options))]
 
 
 def gender_of(noun: str | None, name: str | None, rng) -> str:
@@ -66,16 +64,23 @@ def gender_of(noun: str | None, name: str | None, rng) -> str:
     return GENDER_OF_NAME.get(name) or ("he" if noun in HE else "she" if noun in SHE else coin)
 
 
-def cast_character(rng, noun=None, name=None, adjective=None, named=0.5, nouns=HEROES, flaw=0.2) -> Character:
-    """A character with what is given, and the rest drawn: `named` is the chance of a name, `flaw` of a flaw."""
+def cast_character(
+    rng, noun=None, name=None, adjective=None, named=0.5, nouns=DRAWN_HEROES, flaw=0.2, taste=None, part="hero"
+) -> Character:
+    """A character with what is given, and the rest drawn: `named` is the chance of a name, `flaw` of a flaw.
+
+    `part` is hero, friend or troubled; each part draws from its own third of the names.
+    """
     drawn = pick(rng, nouns)
     if noun is None and name is None:
         noun = drawn
     gender = gender_of(noun, name, rng)
-    new_name, wants_name = pick(rng, NAMES[gender]), rng.random() < named
+    names = NAMES[gender][("hero", "friend", "troubled").index(part) :: 3]
+    taste = taste or Taste(noun or name or "", "")
+    new_name, wants_name = taste(rng, f"{part} name {gender}", names), rng.random() < named
     if name is None and wants_name:
         name = new_name
-    trait = pick(rng, ADJECTIVES["flaw" if rng.random() < flaw else "good"])
+    trait = taste(rng, f"{part} trait", ADJECTIVES["flaw" if rng.random() < flaw else "good"])
     age = pick(rng, ADJECTIVES["age"])
     draw = rng.random()
     own = trait if draw < 0.6 else f"{trait} {age}" if draw < 0.7 else age if draw < 0.85 else ""
@@ -92,30 +97,30 @@ def cast_thing(rng, noun=None, adjective=None, plural=None) -> Thing:
     return Thing(noun, adjective, (noun in PLURAL) if plural is None else plural, USE_OF.get(noun, "any"))
 
 
-def _pick_plot(rng, theme: str | None, way: str) -> Plot:
+def _pick_plot(rng, taste: Taste, theme: str | None, way: str) -> Plot:
     plots = PLOTS_OF[theme] if theme else PLOTS
     if way != "found":  # a bought or given object needs a plot that lets the hero come by it in that way
         plots = [p for p in plots if not p.found_only and "{@get}" in p.beats] or plots
-    return pick(rng, plots)
+    return taste(rng, "plot", plots)
 
 
-def _pick_problem(rng, thing: Thing) -> Problem:
+def _pick_problem(rng, taste: Taste, thing: Thing) -> Problem:
     use = thing.use if rng.random() < 0.85 else "any"
-    return pick(rng, PROBLEMS[use])
+    return taste(rng, f"problem {use}", PROBLEMS[use])
 
 
-def _pick_sky(rng, problem: Problem) -> Sky:
+def _pick_sky(rng, taste: Taste, problem: Problem) -> Sky:
     kinds = [w for w in WEATHER if w.name in NEUTRAL_WEATHER] if problem.own_weather else WEATHER
-    return Sky(pick(rng, kinds), muted=problem.own_weather is not None)
+    return Sky(taste(rng, "sky", kinds), muted=problem.own_weather is not None)
 
 
-def _drawn_time(section: str, sky: Sky, used: set[str]):
+def _drawn_time(section: str, taste: Taste, sky: Sky, used: set[str]):
     """A callable that draws a phrase of time, never the same twice, and none that clashes with the weather."""
     clash = re.compile(_CLASHES.get(sky.weather.name, "$^"))
 
     def draw(rng) -> str:
         options = [t for t in TIMES[section] if t not in used and not (section == "when" and clash.search(t))]
-        phrase = pick(rng, options or ["one night"])
+        phrase = taste(rng, section, options or ["one night"])
         used.add(phrase)
         return phrase
 
@@ -125,51 +130,55 @@ def _drawn_time(section: str, sky: Sky, used: set[str]):
 def tell(
     rng, *, hero: Character | None = None, thing: Thing | None = None, friend: Character | None = None,
     place: str | None = None, theme: str | None = None, way: str = "found", length: str = "normal",
+    taste: Taste | None = None,
 ) -> Story:  # fmt: skip
     """Tell one story. What is not given is drawn; `way` is found, given, bought or made; `length` short or normal.
 
-    Everything is drawn from `rng` in the same order whoever the hero is, so the same state tells the same story
-    with another hero.
+    Everything is drawn from `rng` in the same order whoever the hero is, so the same state and the first telling's
+    `taste` tell the same story with another hero.
     """
     drawn_hero = cast_character(rng)
     drawn_thing = cast_thing(rng)
     while not (hero and thing) and held_out((hero or drawn_hero).noun, (thing or drawn_thing).noun):
         drawn_hero, drawn_thing = cast_character(rng), cast_thing(rng)  # what is drawn is never a held-out pair
     hero, thing = hero or drawn_hero, thing or drawn_thing
-    others = [pick(rng, VICTIMS) for _ in range(6)]
-    troubled_noun, friend_noun = [n for n in dict.fromkeys(others) if n != hero.noun][:2]
-    other = cast_character(rng, troubled_noun, named=0.25, flaw=0.3)
-    drawn_friend = cast_character(rng, friend_noun, named=0.25, flaw=0.4)
+    taste = taste or Taste(hero.noun or hero.name, thing.noun)
+    troubled_noun = taste(rng, "troubled", [n for n in _TROUBLED if n != hero.noun])
+    friend_noun = taste(rng, "friend", [n for n in _FRIENDS if n != hero.noun])
+    other = cast_character(rng, troubled_noun, named=0.25, flaw=0.3, taste=taste, part="troubled")
+    drawn_friend = cast_character(rng, friend_noun, named=0.25, flaw=0.4, taste=taste, part="friend")
     friend = friend or drawn_friend
-    while other.name in (hero.name, friend.name) and other.name:
-        other.name = None
+    for character in (other, drawn_friend):
+        if character.name in (hero.name, friend.name) and character is not friend:
+            character.name = None
     if friend.name and friend.name == hero.name:
-        friend.name = None
-    plot = _pick_plot(rng, theme, way)
-    uses = [u for u in PROBLEMS if u not in (thing.use, "any")]
-    second = Thing(pick(rng, [o for o in OBJECTS if USE_OF[o] == pick(rng, uses)] or OBJECTS))
+        (friend if friend.noun else hero).name = None
+    plot = _pick_plot(rng, taste, theme, way)
+    use = pick(rng, [u for u in PROBLEMS if u not in (thing.use, "any")])
+    second = Thing(pick(rng, [o for o in OBJECTS if USE_OF[o] == use]))
     second.use, second.plural = USE_OF[second.noun], second.noun in PLURAL
     roles = {"h": hero, "f": friend, "v": other, "o": thing, "o2": second}
     parts = {role: roles[actor] for role, actor in plot.cast.items()}
-    problem = _pick_problem(rng, parts["o"])
-    sky = _pick_sky(rng, problem)
-    place = place or pick(rng, PLACES)
-    moral = pick(rng, MORALS[plot.theme])
+    problem = _pick_problem(rng, taste, parts["o"])
+    sky = _pick_sky(rng, taste, problem)
+    drawn_place = taste(rng, "place", PLACES)
+    place = place or drawn_place
+    moral = taste(rng, f"moral {plot.theme}", MORALS[plot.theme])
     keeps = plot.keeps_object or (parts["k"] is hero and parts["o"] is thing and problem.use not in CONSUMED)
     pools = dict(POOLS)
     pools["get"] = POOLS[way]
     pools["ending"] = POOLS["ending"] + POOLS["ending_kept"] if keeps else POOLS["ending"]
     used: set[str] = set()
-    home = pick(rng, TIMES["home"])
+    home = taste(rng, "home", TIMES["home"])
 
     def told(template: str):
         return lambda dice: render(template, parts, dice)
 
     scene = roles | {
-        "@": pools, "sky": sky, "place": Place(place), "when": _drawn_time("when", sky, used), "home": home,
-        "later": _drawn_time("later", sky, used), "setup": told(problem.setup), "fail": told(problem.fail),
+        "@": lambda pool, dice: taste(dice, pool, pools[pool]), "sky": sky, "place": Place(place), "when": _drawn_time("when", taste, sky, used), "home": home,
+        "later": _drawn_time("later", taste, sky, used), "setup": told(problem.setup), "fail": told(problem.fail),
         "solve": told(problem.solve), "moral": moral,
-        "label": lambda dice: pick(dice, ("The moral: ", "Moral: ", "The lesson is this: ", "And so we learn: ")),
+        "label": lambda dice: taste(dice, "label", ("The moral: ", "Moral: ", "The lesson is this: ", "And so we learn: ")),
     }  # fmt: skip
     beats = []
     for beat in plot.beats:
@@ -183,8 +192,8 @@ def tell(
     trouble = render(problem.short, {**parts, "v": parts["v"].definite()}, rng)
     return Story(
         beats, hero, thing, parts["o"], friend, parts["v"], parts["k"], place, plot.theme, moral,
-        sky.weather.answer, trouble,
+        sky.weather.answer, trouble, taste,
     )  # fmt: skip
 
 
-__all__ = ["Story", "cast_character", "cast_thing", "held_out", "lexicon", "tell"]
+__all__ = ["Story", "Taste", "cast_character", "cast_thing", "held_out", "pick", "tell"]

@@ -43,7 +43,7 @@ def _sentence(rng) -> str:
     a, b, c = (open_word(rng) if rng.random() < 0.5 else pick(rng, _WORDS) for _ in range(3))
     return render(pick(rng, (
         "The {a} sat on the {b}.", "My {a} likes {b} and {c}.", "I have {n} {a}s and one {b}.", "{Name} bought a {a} in {B}.",
-        "Where is the {a} of {Name}?", "Never {a} a {b} without a {c}!", "We will {a} the {b} at {n} o'clock.",
+        "{A}: {b}, {c}.", "Moral: {Name} is {a}.", "Note: the {a} {b} {c}", "Where is the {a} of {Name}?", "Never {a} a {b} without a {c}!", "We will {a} the {b} at {n} o'clock.",
         "{Name}, please {a} the {b}.", "{A} {b} {c}!", "The {a} {b} is in the {c}.", "Do you {a} my {b}?",
     )), {"a": a, "b": b, "c": c, "n": pick(rng, NUMBERS), "name": open_name(rng)}, rng)  # fmt: skip
 
@@ -72,7 +72,7 @@ def repeat(rng) -> list[Turn]:
         return [(order, "\n".join([text] * times))]
     if rng.random() < 0.12 and '"' not in text:
         return [(f'{pick(rng, ("Say", "Repeat", "Please say"))} "{text}"{pick(rng, (".", ""))}', text)]
-    return [(f"{pick(rng, COMMANDS)}{pick(rng, (' ', ' ', chr(10), chr(10) * 2))}{text}", text)]
+    return [(f"{pick(rng, COMMANDS)}{pick(rng, (' ', ' ', ' ', chr(10), chr(10) * 2))}{text}", text)]
 
 
 def small_task(rng) -> list[Turn]:

@@ -6,7 +6,7 @@
     {@wonder}    one line of the pool `wonder`, rendered in the same scene
 
 A scene is a dict from role to a value: a string, a callable that takes the generator and returns a string, or an
-object with a method `form(name, rng) -> str` (see cast.py). Pools are looked up under "@".
+object with a method `form(name, rng) -> str` (see cast.py). Under "@" it holds a callable (pool, rng) -> line.
 """
 
 import re
@@ -79,10 +79,9 @@ def _emit(nodes: tuple[Node, ...], scene: dict[str, Any], rng, out: list[str]) -
         elif node[0] == "choice":
             _emit(node[1][int(rng.random() * len(node[1]))], scene, rng, out)
         elif node[0] == "pool":
-            lines = scene["@"].get(node[1])
-            if not lines:
-                raise TemplateError(f"there is no pool called {node[1]!r}")
-            _emit(parse(lines[int(rng.random() * len(lines))]), scene, rng, out)
+            if "@" not in scene:
+                raise TemplateError(f"the scene has no pools, and the template asks for {node[1]!r}")
+            _emit(parse(scene["@"](node[1], rng)), scene, rng, out)
         else:
             _, role, form, upper = node
             if role not in scene:

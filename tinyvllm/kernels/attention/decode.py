@@ -28,7 +28,7 @@ import numpy as np
 from tinyvllm.kernels.attention.prefill import LOG2_E, key_tile
 from tinyvllm.kernels.cuda_support import ceil_div, cuda, kernel, pointer, workspace
 from tinyvllm.kernels.ptx import (block_index_x, block_index_y, block_index_z, cp_async_16, cp_async_commit,
-                                  cp_async_wait, dynamic_shared, exp2, lane_index, ldmatrix_x4,
+                                  cp_async_wait, divide, dynamic_shared, exp2, lane_index, ldmatrix_x4,
                                   ldmatrix_x4_transposed, load_i32, load_shared_f32, load_u32, maximum,
                                   mma_m16n8k16, narrow_cuda, pack_bf16, shuffle_xor, store_f32,
                                   store_shared_f32, store_u16, thread_index, warp_barrier, widen_cuda)
@@ -134,6 +134,8 @@ def decode_kernel(D: int):
     KEYS = key_tile(D)
     WARPS = KEYS // 16  # each warp has its own 16 keys of a tile
     CHUNKS = D // 8
+    KEYS_A_PASS = 32 // CHUNKS  # that the lanes of a warp copy at once, a chunk each
+    PASSES = ceil_div(16, KEYS_A_PASS)
     PITCH = 2 * D + 16  # as in prefill.py
     MATRIX = 16 * PITCH  # one warp's keys of a tile, or its values
     STAGE = WARPS * 2 * MATRIX
@@ -149,9 +151,10 @@ def decode_kernel(D: int):
         thread, lane = thread_index(), lane_index()
         warp, g, q = thread // 32, lane // 4, lane % 4
         split, request = block_index_x(), block_index_z()
-        group = num_heads // num_kv_heads
+        group = divide(num_heads, num_kv_heads)
         tiles_of_heads = (group + 15) // 16
-        kv_head, first_head = block_index_y() // tiles_of_heads, block_index_y() % tiles_of_heads * 16
+        kv_head = divide(block_index_y(), tiles_of_heads)
+        first_head = (block_index_y() - kv_head * tiles_of_heads) * 16
         heads = min(group - first_head, 16)
         seq_len = load_i32(seq_lens + np.uint64(request) * np.uint64(4))
         if split * SPLIT >= seq_len:
@@ -171,6 +174,10 @@ def decode_kernel(D: int):
             queries[s, 2] = load_u32(q_0 + np.uint64(32 * s + 16))
             queries[s, 3] = load_u32(q_1 + np.uint64(32 * s + 16))
 
+        copy_key, chunk = lane // CHUNKS, lane % CHUNKS
+        copy_to = np.uint32(own + copy_key * PITCH + chunk * 16)
+        head_offset = np.uint64(kv_head) * np.uint64(block_size) * np.uint64(2 * D) + np.uint64(chunk * 16)
+        block_bytes = np.uint64(num_kv_heads) * np.uint64(block_size) * np.uint64(2 * D)
         k_address = np.uint32(own + (lane % 8 + lane // 16 * 8) * PITCH + (lane // 8) % 2 * 16)
         v_address = np.uint32(own + MATRIX + lane % 16 * PITCH + lane // 16 * 16)
         scores = cuda.local.array((2, 4), np.float32)
@@ -189,18 +196,18 @@ def decode_kernel(D: int):
         for t in range(tiles + 1):
             first_key = split * SPLIT + t * KEYS + warp * 16
             if t < tiles and first_key < end:
-                stage = np.uint32(own + t % 2 * STAGE)
-                for i in range((16 * CHUNKS + 31) // 32):
-                    piece = lane + i * 32
-                    key, chunk = piece // CHUNKS, piece % CHUNKS
-                    if key < 16:
+                stage = np.uint32(copy_to + t % 2 * STAGE)
+                for i in range(PASSES):
+                    key = np.int32(copy_key + i * KEYS_A_PASS)
+                    if key < 16 and copy_key < KEYS_A_PASS:
                         size = 16 if first_key + key < end else 0  # zeros, not what the cache holds there
-                        position = min(first_key + key, end - 1)
-                        block = np.uint64(load_i32(table + np.uint64(position // block_size) * np.uint64(4)))
-                        offset = ((block * np.uint64(num_kv_heads) + np.uint64(kv_head)) * np.uint64(block_size)
-                                  + np.uint64(position % block_size)) * np.uint64(2 * D) + np.uint64(chunk * 16)
-                        cp_async_16(stage + key * PITCH + chunk * 16, k_cache + offset, size)
-                        cp_async_16(stage + MATRIX + key * PITCH + chunk * 16, v_cache + offset, size)
+                        position = np.uint32(min(first_key + key, end - 1))
+                        column = divide(position, block_size)
+                        block = np.uint64(load_u32(table + np.uint64(column) * np.uint64(4)))
+                        offset = (block * block_bytes + head_offset
+                                  + np.uint64(position - column * np.uint32(block_size)) * np.uint64(2 * D))
+                        cp_async_16(stage + i * KEYS_A_PASS * PITCH, k_cache + offset, size)
+                        cp_async_16(stage + i * KEYS_A_PASS * PITCH + MATRIX, v_cache + offset, size)
             cp_async_commit()
             first_key -= KEYS  # of the tile before, which is worked on now
             if t > 0 and first_key < end:
@@ -217,10 +224,11 @@ def decode_kernel(D: int):
                         scores[h, 0], scores[h, 1], scores[h, 2], scores[h, 3] = mma_m16n8k16(
                             scores[h, 0], scores[h, 1], scores[h, 2], scores[h, 3],
                             queries[s, 0], queries[s, 1], queries[s, 2], queries[s, 3], k[h, 0], k[h, 1])
+                left = np.int32(end - first_key - 2 * q)  # keys from this lane's first on
                 new_0, new_1 = m_0, m_1
                 for j in range(2):
                     for c in range(2):
-                        seen = first_key + j * 8 + 2 * q + c < end
+                        seen = j * 8 + c < left
                         scores[j, c] = scores[j, c] * scale if seen else np.float32(-np.inf)
                         scores[j, c + 2] = scores[j, c + 2] * scale if seen else np.float32(-np.inf)
                         new_0, new_1 = maximum(new_0, scores[j, c]), maximum(new_1, scores[j, c + 2])

@@ -37,7 +37,7 @@ import math
 import numpy as np
 
 from tinyvllm.kernels.cuda_support import ceil_div, cuda, device_function, kernel, pointer
-from tinyvllm.kernels.ptx import (block_index_x, block_index_y, cp_async_16, cp_async_commit, cp_async_wait,
+from tinyvllm.kernels.ptx import (block_index_x, block_index_y, cp_async_16, cp_async_commit, cp_async_wait, divide,
                                   dynamic_shared, exp2, lane_index, ldmatrix_x4, ldmatrix_x4_transposed,
                                   load_i32, load_u32, maximum, mma_m16n8k16, narrow_cuda, pack_bf16,
                                   shuffle_xor, store_u32, thread_index, widen_cuda)
@@ -174,6 +174,8 @@ def prefill_kernel(D: int):
     """The kernel for head_dim D (a constant in it)."""
     KEYS = key_tile(D)
     CHUNKS = D // 8  # 16-byte pieces of a key
+    KEYS_A_PASS = THREADS // CHUNKS  # that all threads copy at once, a chunk each; some threads may be left over
+    PASSES = ceil_div(KEYS, KEYS_A_PASS)
     PITCH = 2 * D + 16  # bytes a key takes in shared memory: an odd number of chunks, so 8 rows hit 8 different banks
     MATRIX = KEYS * PITCH  # one tile of keys or of values
     STAGE = 2 * MATRIX
@@ -187,22 +189,22 @@ def prefill_kernel(D: int):
         thread, lane = thread_index(), lane_index()
         warp, g, q = thread // 32, lane // 4, lane % 4
         kv_head = block_index_y()
-        group = num_heads // num_kv_heads
-        tokens = ROWS // group  # a tile; rows past tokens * group are idle
+        group = divide(num_heads, num_kv_heads)
+        tokens = divide(ROWS, group)  # a tile; rows past tokens * group are idle
         shared = dynamic_shared()
 
         # ---- which request, which of its tiles ----
         low, high = num_decodes, num_requests - 1
         while low < high:
-            middle = (low + high + 1) // 2
+            middle = (low + high + 1) >> 1
             start = load_i32(query_start_loc + np.uint64(middle) * np.uint64(4))
-            if (start - num_decodes) // tokens + middle - num_decodes <= block_index_x():
+            if divide(start - num_decodes, tokens) + middle - num_decodes <= block_index_x():
                 low = middle
             else:
                 high = middle - 1
         first_row = load_i32(query_start_loc + np.uint64(low) * np.uint64(4))
         rows = load_i32(query_start_loc + np.uint64(low + 1) * np.uint64(4)) - first_row
-        first_token = (block_index_x() - ((first_row - num_decodes) // tokens + low - num_decodes)) * tokens
+        first_token = (block_index_x() - (divide(first_row - num_decodes, tokens) + low - num_decodes)) * tokens
         if first_token >= rows:
             return
         seq_len = load_i32(seq_lens + np.uint64(low) * np.uint64(4))
@@ -213,9 +215,10 @@ def prefill_kernel(D: int):
         # ---- the two rows of this lane, g and g + 8 of its warp's 16; idle rows repeat the last token ----
         row_stride = np.uint64((num_heads + 2 * num_kv_heads) * D * 2)
         row_0, row_1 = warp * 16 + g, warp * 16 + g + 8
-        token_0, token_1 = first_token + row_0 // group, first_token + row_1 // group
+        group_0, group_1 = divide(row_0, group), divide(row_1, group)
+        token_0, token_1 = first_token + group_0, first_token + group_1
         position_0, position_1 = context + min(token_0, rows - 1), context + min(token_1, rows - 1)
-        head_0, head_1 = kv_head * group + row_0 % group, kv_head * group + row_1 % group
+        head_0, head_1 = kv_head * group + row_0 - group_0 * group, kv_head * group + row_1 - group_1 * group
         q_0 = qkv + np.uint64(first_row + min(token_0, rows - 1)) * row_stride + np.uint64((head_0 * D + 2 * q) * 2)
         q_1 = qkv + np.uint64(first_row + min(token_1, rows - 1)) * row_stride + np.uint64((head_1 * D + 2 * q) * 2)
         queries = cuda.local.array((STEPS, 4), np.uint32)
@@ -223,6 +226,12 @@ def prefill_kernel(D: int):
             queries[s, 0], queries[s, 1] = load_u32(q_0 + np.uint64(32 * s)), load_u32(q_1 + np.uint64(32 * s))
             queries[s, 2] = load_u32(q_0 + np.uint64(32 * s + 16))
             queries[s, 3] = load_u32(q_1 + np.uint64(32 * s + 16))
+
+        # ---- what this thread copies of each tile: one chunk of every KEYS_A_PASS-th key ----
+        copy_key, chunk = thread // CHUNKS, thread % CHUNKS
+        copy_to = np.uint32(shared + copy_key * PITCH + chunk * 16)
+        head_offset = np.uint64(kv_head) * np.uint64(block_size) * np.uint64(2 * D) + np.uint64(chunk * 16)
+        block_bytes = np.uint64(num_kv_heads) * np.uint64(block_size) * np.uint64(2 * D)
 
         # ---- where this lane's ldmatrix rows are in a tile of keys, and of values ----
         k_address = np.uint32(shared + (lane % 8 + lane // 16 * 8) * PITCH + (lane // 8) % 2 * 16)
@@ -243,23 +252,21 @@ def prefill_kernel(D: int):
         tiles = (num_keys + KEYS - 1) // KEYS
         for t in range(tiles + 1):
             if t < tiles:
-                stage = np.uint32(shared + t % 2 * STAGE)
-                for i in range((KEYS * CHUNKS + THREADS - 1) // THREADS):
-                    piece = thread + i * THREADS
-                    key, chunk = piece // CHUNKS, piece % CHUNKS
-                    if key < KEYS:
+                stage = np.uint32(copy_to + t % 2 * STAGE)
+                for i in range(PASSES):
+                    key = np.int32(copy_key + i * KEYS_A_PASS)
+                    if key < KEYS and copy_key < KEYS_A_PASS:
                         # Keys beyond the context are zeros, not what the cache holds there: 0 * NaN would be NaN.
-                        position = t * KEYS + key
-                        size = 16 if position < seq_len else 0
-                        position = min(position, seq_len - 1)
-                        block = np.uint64(load_i32(table + np.uint64(position // block_size) * np.uint64(4)))
-                        offset = ((block * np.uint64(num_kv_heads) + np.uint64(kv_head)) * np.uint64(block_size)
-                                  + np.uint64(position % block_size)) * np.uint64(2 * D) + np.uint64(chunk * 16)
-                        cp_async_16(stage + key * PITCH + chunk * 16, k_cache + offset, size)
-                        cp_async_16(stage + MATRIX + key * PITCH + chunk * 16, v_cache + offset, size)
+                        size = 16 if t * KEYS + key < seq_len else 0
+                        position = np.uint32(min(t * KEYS + key, seq_len - 1))
+                        column = divide(position, block_size)
+                        block = np.uint64(load_u32(table + np.uint64(column) * np.uint64(4)))
+                        offset = (block * block_bytes + head_offset
+                                  + np.uint64(position - column * np.uint32(block_size)) * np.uint64(2 * D))
+                        cp_async_16(stage + i * KEYS_A_PASS * PITCH, k_cache + offset, size)
+                        cp_async_16(stage + i * KEYS_A_PASS * PITCH + MATRIX, v_cache + offset, size)
             cp_async_commit()
             if t > 0:
-                first_key = (t - 1) * KEYS
                 wait_for_all_but_one()
                 cuda.syncthreads()
                 k_from = np.uint32(k_address + (t - 1) % 2 * STAGE)
@@ -278,12 +285,13 @@ def prefill_kernel(D: int):
                                 queries[s, 0], queries[s, 1], queries[s, 2], queries[s, 3], k[h, 0], k[h, 1])
 
                 # ---- causal mask; the four lanes of a row exchange their maxima ----
+                last_0 = np.int32(position_0 - (t - 1) * KEYS - 2 * q)  # this lane's first score has key 0 here
+                last_1 = np.int32(position_1 - (t - 1) * KEYS - 2 * q)
                 new_0, new_1 = m_0, m_1
                 for j in range(SCORES):
                     for c in range(2):
-                        key = first_key + j * 8 + 2 * q + c
-                        scores[j, c] = scores[j, c] * scale if key <= position_0 else np.float32(-np.inf)
-                        scores[j, c + 2] = scores[j, c + 2] * scale if key <= position_1 else np.float32(-np.inf)
+                        scores[j, c] = scores[j, c] * scale if j * 8 + c <= last_0 else np.float32(-np.inf)
+                        scores[j, c + 2] = scores[j, c + 2] * scale if j * 8 + c <= last_1 else np.float32(-np.inf)
                         new_0, new_1 = maximum(new_0, scores[j, c]), maximum(new_1, scores[j, c + 2])
                 for lanes in (1, 2):
                     new_0 = maximum(new_0, shuffle_xor(new_0, lanes))
@@ -317,15 +325,16 @@ def prefill_kernel(D: int):
 
         for lanes in (1, 2):
             l_0, l_1 = l_0 + shuffle_xor(l_0, lanes), l_1 + shuffle_xor(l_1, lanes)
+        l_0, l_1 = np.float32(1) / l_0, np.float32(1) / l_1
         out_stride = np.uint64(num_heads * D * 2)
         out_0 = out + np.uint64(first_row + token_0) * out_stride + np.uint64((head_0 * D + 2 * q) * 2)
         out_1 = out + np.uint64(first_row + token_1) * out_stride + np.uint64((head_1 * D + 2 * q) * 2)
         used = tokens * group
         for j in range(OUTPUTS):
             if row_0 < used and token_0 < rows:
-                store_u32(out_0 + np.uint64(16 * j), pack_bf16(outputs[j, 0] / l_0, outputs[j, 1] / l_0))
+                store_u32(out_0 + np.uint64(16 * j), pack_bf16(outputs[j, 0] * l_0, outputs[j, 1] * l_0))
             if row_1 < used and token_1 < rows:
-                store_u32(out_1 + np.uint64(16 * j), pack_bf16(outputs[j, 2] / l_1, outputs[j, 3] / l_1))
+                store_u32(out_1 + np.uint64(16 * j), pack_bf16(outputs[j, 2] * l_1, outputs[j, 3] * l_1))
 
     prefill.shared_bytes = 2 * STAGE
     return prefill

@@ -23,7 +23,7 @@ import functools
 import numpy as np
 
 from tinyvllm.errors import DeviceError
-from tinyvllm.kernels.cuda_support import cuda, grid_1d, kernel, pointer, require_cuda
+from tinyvllm.kernels.cuda_support import cuda, kernel, pointer, require_cuda, row_grid
 
 __all__ = ["linear_cublas_cuda"]
 
@@ -38,16 +38,15 @@ def _binding():
         raise DeviceError(f"comparing with cuBLAS needs nvmath-python and the cuBLAS library, which cannot be loaded "
                           f'({error}). Install them with pip install "nvmath-python[cu13]", or leave cuBLAS out of the '
                           f"comparison.") from error
-    cuda.current_context()  # cuBLAS attaches itself to the context that is current
+    cuda.current_context()  # cuBLAS attaches itself to the context that is current, and to the default stream
     return cublas, cublas.create()
 
 
 @kernel
 def _fill_rows_kernel(out, row):
-    i = cuda.grid(1)
-    columns = out.shape[1]
-    if i < out.shape[0] * columns:
-        out[i // columns, i % columns] = row[i % columns]
+    i, column = cuda.blockIdx.x, cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x
+    if column < out.shape[1]:
+        out[i, column] = row[column]
 
 
 def linear_cublas_cuda(out, x, weight, bias):
@@ -55,11 +54,10 @@ def linear_cublas_cuda(out, x, weight, bias):
     cublas, handle = _binding()
     (num_rows, depth), num_outputs = x.shape, weight.shape[0]
     if bias.shape[0]:
-        _fill_rows_kernel[grid_1d(out.size)](out, bias)
+        _fill_rows_kernel[row_grid(*out.shape)](out, bias)
     alpha, beta = np.float32(1), np.float32(1 if bias.shape[0] else 0)
     alpha, beta = np.atleast_1d(alpha), np.atleast_1d(beta)  # cuBLAS reads them at host addresses
     bf16 = 14  # cudaDataType_t: CUDA_R_16BF
-    cublas.set_stream(handle, cuda.default_stream().handle or 0)
     cublas.gemm_ex(handle, cublas.Operation.T, cublas.Operation.N, num_outputs, num_rows, depth, alpha.ctypes.data,
                    pointer(weight), bf16, depth, pointer(x), bf16, depth, beta.ctypes.data,
                    pointer(out), bf16, num_outputs, cublas.ComputeType.COMPUTE_32F, cublas.GemmAlgo.DEFAULT)

@@ -10,7 +10,7 @@ hardware can do over a hundred in the time that takes. Step 2 (tiled.py) reads e
 
 import numpy as np
 
-from tinyvllm.kernels.cuda_support import ceil_div, cuda, kernel
+from tinyvllm.kernels.cuda_support import array_or_empty, ceil_div, cuda, kernel
 from tinyvllm.kernels.ptx import narrow_cuda, widen_cuda
 
 __all__ = ["linear_naive_cuda"]
@@ -33,4 +33,4 @@ def _naive_kernel(out, x, weight, bias):
 def linear_naive_cuda(out, x, weight, bias):
     """As linear_numpy, on device arrays; any shape."""
     grid = ceil_div(out.shape[1], BLOCK_COLUMNS), ceil_div(out.shape[0], BLOCK_ROWS)
-    _naive_kernel[grid, (BLOCK_COLUMNS, BLOCK_ROWS)](out, x, weight, bias)
+    _naive_kernel[grid, (BLOCK_COLUMNS, BLOCK_ROWS)](out, x, weight, array_or_empty(bias))

@@ -19,7 +19,7 @@ tiles to the tensor cores.
 
 import numpy as np
 
-from tinyvllm.kernels.cuda_support import ceil_div, cuda, kernel
+from tinyvllm.kernels.cuda_support import array_or_empty, ceil_div, cuda, kernel
 from tinyvllm.kernels.ptx import narrow_cuda, widen_cuda
 
 __all__ = ["linear_tiled_cuda"]
@@ -58,4 +58,4 @@ def _tiled_kernel(out, x, weight, bias):
 
 def linear_tiled_cuda(out, x, weight, bias):
     """As linear_numpy, on device arrays; any shape."""
-    _tiled_kernel[(ceil_div(out.shape[1], TILE), ceil_div(out.shape[0], TILE)), (TILE, TILE)](out, x, weight, bias)
+    _tiled_kernel[(ceil_div(out.shape[1], TILE), ceil_div(out.shape[0], TILE)), (TILE, TILE)](out, x, weight, array_or_empty(bias))
