@@ -3,25 +3,13 @@
 import numpy as np
 
 from tests.kernel_cases import POISON, random_bf16
-from tinyvllm.kernels.argmax import argmax_numpy
-from tinyvllm.kernels.attention.numpy_twin import attention_numpy
 from tinyvllm.kernels.bf16 import float32_to_bf16
-from tinyvllm.kernels.embedding import embedding_numpy, gather_rows_numpy
-from tinyvllm.kernels.gemm.numpy_twin import linear_numpy
-from tinyvllm.kernels.kv_cache import write_kv_numpy
-from tinyvllm.kernels.rms_norm import add_rms_norm_numpy, rms_norm_numpy
-from tinyvllm.kernels.rope import rope_numpy
-from tinyvllm.kernels.silu_mul import silu_mul_numpy
 from tinyvllm.model.llama import Batch, Buffers, Dims, KVCache, Weights, bind
 
-NUMPY_OPS = {"embedding": embedding_numpy, "rms_norm": rms_norm_numpy, "add_rms_norm": add_rms_norm_numpy,
-             "linear": linear_numpy, "rope": rope_numpy, "write_kv": write_kv_numpy, "attention": attention_numpy,
-             "silu_mul": silu_mul_numpy, "gather_rows": gather_rows_numpy, "argmax": argmax_numpy}
-
-
-def forward_case(rng, num_heads, num_kv_heads, head_dim, *, layers=2, hidden=96, intermediate=160, vocab_size=203,
-                 block_size=4, rows=(1, 1, 9, 3), contexts=(6, 11, 9, 7)):
-    """(Weights, k_cache, Batch, Dims) as NumPy arrays, plain [N, K] weights. The cache of older tokens is random."""
+def forward_case(rng, num_heads, num_kv_heads, head_dim, *, layers=2, hidden=96, intermediate=160,
+                 vocab_size=203, block_size=4, rows=(1, 1, 9, 3), contexts=(6, 11, 9, 7)):
+    """(Weights, k_cache, Batch, Dims) as NumPy arrays, plain [N, K] weights. The cache of older tokens is
+    random."""
     qkv_width, attn_width = (num_heads + 2 * num_kv_heads) * head_dim, num_heads * head_dim
 
     def matrix(*shape):
@@ -42,7 +30,7 @@ def forward_case(rng, num_heads, num_kv_heads, head_dim, *, layers=2, hidden=96,
     order = rng.permutation(sum(blocks)).astype(np.int32)
     tables = np.zeros((len(rows), max(blocks)), np.int32)
     positions, slots, used = [], [], 0
-    for r, (count, context) in enumerate(zip(rows, contexts)):
+    for r, (count, context) in enumerate(zip(rows, contexts, strict=True)):
         tables[r, : blocks[r]] = order[used : used + blocks[r]]
         used += blocks[r]
         for position in range(context - count, context):
@@ -50,9 +38,9 @@ def forward_case(rng, num_heads, num_kv_heads, head_dim, *, layers=2, hidden=96,
             slots.append(tables[r, position // block_size] * block_size + position % block_size)
     starts = np.concatenate([[0], np.cumsum(rows)]).astype(np.int32)
     batch = Batch(input_ids=rng.integers(0, vocab_size, tokens).astype(np.int32),
-                  positions=np.array(positions, np.int32), slot_mapping=np.array(slots, np.int32), block_tables=tables,
-                  seq_lens=np.array(contexts, np.int32), query_start_loc=starts, logits_indices=starts[1:] - 1,
-                  num_decodes=_leading_ones(rows))
+                  positions=np.array(positions, np.int32), slot_mapping=np.array(slots, np.int32),
+                  block_tables=tables, seq_lens=np.array(contexts, np.int32), query_start_loc=starts,
+                  logits_indices=starts[1:] - 1, num_decodes=_leading_ones(rows))
     cache = random_bf16(rng, layers, sum(blocks), num_kv_heads, block_size, head_dim)
     dims = Dims(layers, num_heads, num_kv_heads, head_dim, block_size, head_dim**-0.5, 1e-5)
     return weights, cache, batch, dims

@@ -1,7 +1,8 @@
 """Random inputs for kernel tests, and the two ways in which bf16 results are compared.
 
-Every case is drawn fresh from a generator that the test seeds from the system, and failures print the seed, so that a
-kernel must compute the function and not one remembered example. Set TINYVLLM_TEST_SEED to repeat a run.
+Every case is drawn fresh from a generator that the test seeds from the system, and failures print the seed,
+so that a kernel must compute the function and not one remembered example. Set TINYVLLM_TEST_SEED to repeat a
+run.
 """
 
 import os
@@ -53,10 +54,11 @@ def assert_close(bits, reference_bits, relative=4e-3):
 
 
 def attention_case(rng, num_heads, num_kv_heads, head_dim, block_size, contexts, rows, scale=None):
-    """Arguments of `attention` after `out`, for requests with contexts[r] tokens of which rows[r] are query rows.
+    """Arguments of `attention` after `out`, for requests with contexts[r] tokens of which rows[r] are query
+    rows.
 
-    Block ids are a random permutation; slots that belong to no token are NaN; block tables have spare columns that name
-    a poisoned block.
+    Block ids are a random permutation; slots that belong to no token are NaN; block tables have spare columns
+    that name a poisoned block.
     """
     contexts, rows = np.asarray(contexts, np.int32), np.asarray(rows, np.int32)
     blocks = -(-contexts // block_size)
@@ -65,7 +67,7 @@ def attention_case(rng, num_heads, num_kv_heads, head_dim, block_size, contexts,
     block_tables = np.full((len(contexts), int(blocks.max()) + 1), order[-1], np.int32)
     caches = [np.full((num_blocks, num_kv_heads, block_size, head_dim), POISON, np.uint16) for _ in range(2)]
     used = 0
-    for r, (context, count) in enumerate(zip(contexts, blocks)):
+    for r, (context, count) in enumerate(zip(contexts, blocks, strict=True)):
         block_tables[r, :count] = order[used : used + count]
         used += count
         position = np.arange(context)

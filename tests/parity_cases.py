@@ -53,10 +53,11 @@ CASES = [
 KEPT_ROWS = 40  # of the prompt's logits, the last ones
 
 
-def compare(ours: np.ndarray, oracle: dict) -> None:
+def compare(ours: np.ndarray, oracle: dict, min_clear: float = 0.4) -> None:
     """Assert that our logits [rows, V] (kept prompt rows, then one row a new token) are as good as the oracle's.
 
     oracle: "truth" (float32 run) and "logits" (bfloat16 run), teacher-forced on the same tokens.
+    min_clear: share of the oracle's greedy choices that must be clear, or the comparison would show too little.
     """
     truth, theirs = oracle["truth"].astype(np.float64), oracle["logits"].astype(np.float64)
     assert ours.shape == truth.shape and np.isfinite(ours).all()
@@ -68,7 +69,7 @@ def compare(ours: np.ndarray, oracle: dict) -> None:
 
     # Greedy choice: equal wherever the oracle's own choice is clear of that error.
     clear = choice_gaps(oracle) > tolerance(oracle)
-    assert clear.mean() > 0.4, f"the case shows too little: only {clear.mean():.0%} of its choices are clear"
+    assert clear.mean() > min_clear, f"the case shows too little: only {clear.mean():.0%} of its choices are clear"
     assert (ours.argmax(axis=1) == theirs.argmax(axis=1))[clear].all()
 
 

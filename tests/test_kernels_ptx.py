@@ -1,4 +1,5 @@
-"""Every CUDA kernel compiles to PTX and assembles, without a GPU: no spills, no local memory where there must be none.
+"""Every CUDA kernel compiles to PTX and assembles, without a GPU: no spills, no local memory where there must
+be none.
 
 What is checked in the PTX-grade kernels is what their speed rests on: accumulators in registers, tensor-core
 instructions, 16-byte copies. Whether they compute the right thing is for tests/gpu, on a GPU.
@@ -17,41 +18,43 @@ cuda_core = pytest.importorskip("cuda.core")
 from numba import cuda  # noqa: E402
 from numba.cuda import types  # noqa: E402
 
-from tinyvllm.kernels import argmax, embedding, kv_cache, residual_add, rms_norm, rope, sampling, silu_mul, softmax  # noqa: E402
-from tinyvllm.kernels.attention import decode, prefill  # noqa: E402
+from tinyvllm.kernels import argmax, embedding, kv_cache, residual_add, rms_norm, rope  # noqa: E402
+from tinyvllm.kernels import sampling, silu_mul, softmax  # noqa: E402
+from tinyvllm.kernels.attention import decode, decode_simple, prefill, prefill_simple  # noqa: E402
 from tinyvllm.kernels.gemm import cublas, gemv, naive, tensor_core, tiled  # noqa: E402
 
 CAPABILITIES = [(8, 0), (9, 0)]
 
 
 def arrays(text):
-    """Argument types from a short text: u2 = uint16 [., .], i1 = int32 [.], f1, ...; lower-case words are scalars."""
+    """Argument types from a short text: u2 = uint16 [., .], i1 = int32 [.], f1, ...; lower-case words are
+    scalars."""
     kinds = {"u": types.uint16, "i": types.int32, "f": types.float32, "d": types.uint64, "l": types.int64}
     scalars = {"int": types.int64, "float": types.float32}
     return [scalars[word] if word in scalars else types.Array(kinds[word[0]], int(word[1]), "C")
             for word in text.split()]
 
 
-LESSON = {
-    "gather": (embedding._gather_kernel, "u2 u2 i1"),
-    "residual_add": (residual_add._residual_add_kernel, "u2 u2"),
-    "silu_mul": (silu_mul._silu_mul_kernel, "u2 u2"),
-    "rms_norm_tree": (rms_norm._rms_norm_tree_kernel, "u2 u2 u1 float"),
-    "rms_norm": (rms_norm._rms_norm_kernel, "u2 u2 u1 float"),
-    "add_rms_norm": (rms_norm._add_rms_norm_kernel, "u2 u2 u2 u1 float"),
-    "rope": (rope._rope_kernel, "u2 i1 u2 int int"),
-    "write_kv": (kv_cache._write_kv_kernel, "u4 u4 u2 i1 int int int int"),
-    "argmax": (argmax._argmax_kernel, "i1 u2"),
-    "sample": (sampling._sample_kernel, "i1 u2 f1 i1 f1 d1 l1"),
-    "softmax_naive": (softmax._softmax_naive_kernel, "f2 f2"),
-    "softmax_online": (softmax._softmax_online_kernel, "f2 f2"),
-    "gemm_naive": (naive._naive_kernel, "u2 u2 u2 u1"),
-    "gemm_tiled": (tiled._tiled_kernel, "u2 u2 u2 u1"),
-    "cublas_bias": (cublas._fill_rows_kernel, "u2 u1"),
-    "prefill_simple": (prefill._prefill_simple_kernel, "u2 u2 u4 u4 i2 i1 i1 int float int int int int"),
-    "decode_simple": (decode._decode_simple_kernel, "f1 u2 u4 u4 i2 i1 int float int int int int"),
-    "combine": (decode._combine_kernel, "u2 f1 i1 int int int int int"),
-}
+LESSON = {"gather": (embedding._gather_kernel, "u2 u2 i1"),
+          "residual_add": (residual_add._residual_add_kernel, "u2 u2"),
+          "silu_mul": (silu_mul._silu_mul_kernel, "u2 u2"),
+          "rms_norm_tree": (rms_norm._rms_norm_tree_kernel, "u2 u2 u1 float"),
+          "rms_norm": (rms_norm._rms_norm_kernel, "u2 u2 u1 float"),
+          "add_rms_norm": (rms_norm._add_rms_norm_kernel, "u2 u2 u2 u1 float"),
+          "rope": (rope._rope_kernel, "u2 i1 u2 int int"),
+          "write_kv": (kv_cache._write_kv_kernel, "u4 u4 u2 i1 int int int int"),
+          "argmax": (argmax._argmax_kernel, "i1 u2"),
+          "sample": (sampling._sample_kernel, "i1 u2 f1 i1 f1 d1 l1"),
+          "softmax_naive": (softmax._softmax_naive_kernel, "f2 f2"),
+          "softmax_online": (softmax._softmax_online_kernel, "f2 f2"),
+          "gemm_naive": (naive._naive_kernel, "u2 u2 u2 u1"),
+          "gemm_tiled": (tiled._tiled_kernel, "u2 u2 u2 u1"),
+          "cublas_bias": (cublas._fill_rows_kernel, "u2 u1"),
+          "prefill_simple": (prefill_simple._prefill_simple_kernel,
+                             "u2 u2 u4 u4 i2 i1 i1 int float int int int int"),
+          "decode_simple": (decode_simple._decode_simple_kernel,
+                            "f1 u2 u4 u4 i2 i1 int float int int int int"),
+          "combine": (decode_simple.combine_kernel, "u2 f1 i1 int int int int int"),}
 
 TENSOR_CORE = {**{f"gemm_{tile[0]}x{tile[1]}": lambda tile=tile: tensor_core.tensor_core_kernel(*tile)
                   for tile in tensor_core.TILES},
@@ -63,12 +66,14 @@ GEMV = {f"gemv_{rows}": lambda rows=rows: gemv.gemv_kernel(rows) for rows in ran
 def assemble(kernel, signature, capability):
     """(PTX, registers a thread, bytes of spills, bytes of stack) of a kernel."""
     ptx, _ = cuda.compile_ptx(kernel.py_func, signature, cc=capability, **kernel.options)
-    options = cuda_core.LinkerOptions(arch="sm_%d%d" % capability, ptxas_options=["-v"])
+    options = cuda_core.LinkerOptions(arch=f"sm_{capability[0]}{capability[1]}", ptxas_options=["-v"])
     linker = cuda_core.Linker(cuda_core.ObjectCode.from_ptx(ptx.encode()), options=options)
     linker.link("cubin")
     log = linker.get_info_log()
-    numbers = [int(n) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads",
-                                      r"(\d+) bytes stack frame") for n in re.findall(pattern, log)[:1]]
+    numbers = [int(n)
+               for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores",
+                               r"(\d+) bytes spill loads", r"(\d+) bytes stack frame")
+               for n in re.findall(pattern, log)[:1]]
     assert len(numbers) == 4, f"the assembler's report has changed:\n{log}"
     registers, stores, loads, stack = numbers
     return ptx, registers, stores + loads, stack
@@ -80,11 +85,12 @@ def test_lesson_grade_kernels_compile_for_a_gpu_too(name):
     _, registers, spills, stack = assemble(kernel, types.void(*arrays(signature)), CAPABILITIES[0])
     assert spills == 0
     assert registers * kernel.options.get("launch_bounds", (256,))[0] <= 65536
-    # The sampler indexes 16 counters of 8 bytes by a key's digit, which registers cannot do: for top-k, for top-p.
+    # The sampler indexes 16 counters of 8 bytes by a key's digit, which registers cannot do: for top-k, for
+    # top-p.
     assert stack == (256 if name == "sample" else 0)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: "sm_%d%d" % c)
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")
 @pytest.mark.parametrize("name", [*TENSOR_CORE, *GEMV])
 def test_ptx_grade_kernels_keep_everything_in_registers(name, capability):
     kernel = {**TENSOR_CORE, **GEMV}[name]()
@@ -99,7 +105,8 @@ def test_ptx_grade_kernels_keep_everything_in_registers(name, capability):
 
 
 def test_a_kernel_reads_shared_memory_by_ldmatrix_only_where_banks_cannot_collide():
-    """The eight rows of one ldmatrix matrix start in eight different 16-byte columns of the 128-byte wide banks."""
+    """The eight rows of one ldmatrix matrix start in eight different 16-byte columns of the 128-byte wide
+    banks."""
     for d in (16, 32, 48, 64, 80, 96, 112, 128):
         pitch = 2 * d + 16  # prefill.py, decode.py
         assert len({row * pitch // 16 % 8 for row in range(8)}) == 8

@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--plain", action="store_true", help="no live view: print completions and the summary only")
     demo.add_argument("--speed", type=float, metavar="N", help="at most N steps a second, to follow it by eye")
     # Few seats and a small pool, so that there is something to see: waiting, sharing, now and then a preemption.
-    _add_model(demo, max_num_seqs=4, block_size=8, num_blocks=128)
+    _add_model(demo, max_num_seqs=4, block_size=8, num_blocks=96)
     demo.set_defaults(run=_demo)
 
     inspect = commands.add_parser("inspect", help="tensors, dtypes, sizes and the memory plan of a model")

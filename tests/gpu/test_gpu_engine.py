@@ -62,7 +62,8 @@ def test_chunks_prefix_hits_and_preemption_agree_with_the_cpu_backend(options, t
     prompts = [shared + [i, 2 * i] for i in range(6)] + [shared[:16 + i] for i in range(3)]
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     expected = cpu.generate(prompts, params)
-    outputs = gpu.generate(prompts, params)
+    # Two waves: the first one's blocks are there for the second to find.
+    outputs = gpu.generate(prompts[:3], params) + gpu.generate(prompts[3:], params)
     same = 0
     for prompt, want, got in zip(prompts, expected, outputs):
         want, got = want.outputs[0].token_ids, got.outputs[0].token_ids
@@ -142,13 +143,14 @@ def test_llama_1b_shape_against_transformers_on_the_same_gpu(llama_1b):
     forced = prompt + oracle["tokens"].tolist()[:-1]
     rows = KEPT_ROWS + NUM_NEW_TOKENS - 1
     stepwise = sequence_logits(llm, forced, [300, 1], rows)
-    compare(stepwise, oracle)
-    compare(sequence_logits(llm, forced, [100, 17, 300], rows), oracle)
+    # Random weights over 128,256 candidates: few choices are clear, and those are compared.
+    compare(stepwise, oracle, min_clear=0.1)
+    compare(sequence_logits(llm, forced, [100, 17, 300], rows), oracle, min_clear=0.1)
     output = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True))[0]
     differs = np.flatnonzero(np.array(output.outputs[0].token_ids) != oracle["tokens"])
     if len(differs):
         assert choice_gaps(oracle)[KEPT_ROWS - 1 + differs[0]] <= tolerance(oracle)
-    errors = {name: float(np.abs(rows - oracle["truth"]).mean())
-              for name, rows in (("tinyvllm", stepwise), ("transformers", oracle["logits"]))}
+    errors = {name: float(np.abs(logits - oracle["truth"]).mean())
+              for name, logits in (("tinyvllm", stepwise), ("transformers", oracle["logits"]))}
     print(json.dumps({"mean_abs_error_to_float32": errors, "equal_greedy_tokens": NUM_NEW_TOKENS if not len(differs)
                       else int(differs[0])}))

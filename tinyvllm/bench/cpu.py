@@ -4,9 +4,9 @@
     python -m tinyvllm.bench.cpu --config FOLDER/config.json any other
     python -m tinyvllm.bench.cpu --peer                      in turn with transformers (another 2.5 GB)
 
-It times forward passes and the choice of the next token, without the engine's scheduling and text. Figures are medians
-over rounds. On a machine with other work absolute figures drift by half: only ratios taken in turn, round by round,
-mean something, so `--peer` alternates.
+It times forward passes and the choice of the next token, without the engine's scheduling and text. Figures
+are medians over rounds. On a machine with other work absolute figures drift by half: only ratios taken in
+turn, round by round, mean something, so `--peer` alternates.
 """
 
 import argparse
@@ -32,7 +32,8 @@ PROMPT, NEW = 32, 16  # tokens of a decode measurement
 LLAMA_3_2_1B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 2048,
     "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "head_dim": 64, "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
+    "head_dim": 64, "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+    "rope_theta": 5e5,
     "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                      "original_max_position_embeddings": 8192},
     "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False, "torch_dtype": "bfloat16",
@@ -59,7 +60,8 @@ class RandomModel:
         self.dims = Dims(config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads,
                          config.head_dim, BLOCK_SIZE, config.head_dim ** -0.5, config.rms_norm_eps)
         num_blocks = max(max_seqs * -(-(PROMPT + NEW + 1) // BLOCK_SIZE), per_seq)
-        shape = (config.num_hidden_layers, num_blocks, config.num_key_value_heads, BLOCK_SIZE, config.head_dim)
+        shape = (config.num_hidden_layers, num_blocks, config.num_key_value_heads, BLOCK_SIZE,
+                 config.head_dim)
         self.kv = KVCache(np.zeros(shape, np.uint16), np.zeros(shape, np.uint16))
         tokens = max(max_tokens, max_seqs * PROMPT)
         self.buffers = Buffers(**{name: np.zeros(shape, np.uint16)
@@ -71,13 +73,14 @@ class RandomModel:
         num_seqs, count = token_ids.shape
         stop = start + count
         blocks = -(-stop // BLOCK_SIZE)
-        tables = np.arange(blocks * num_seqs, dtype=np.int32).reshape(blocks, num_seqs).T.copy()  # any order will do
+        tables = np.arange(blocks * num_seqs, dtype=np.int32).reshape(blocks, num_seqs).T.copy()
         positions = np.tile(np.arange(start, stop, dtype=np.int32), num_seqs)
         sequence = np.repeat(np.arange(num_seqs), count)
-        slots = (tables[sequence, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE).astype(np.int32)
+        slots = tables[sequence, positions // BLOCK_SIZE] * np.int32(BLOCK_SIZE) + positions % BLOCK_SIZE
         starts = np.arange(0, num_seqs * count + 1, count, dtype=np.int32)
         batch = Batch(np.ascontiguousarray(token_ids, np.int32).reshape(-1), positions, slots, tables,
-                      np.full(num_seqs, stop, np.int32), starts, starts[1:] - 1, num_seqs if count == 1 else 0)
+                      np.full(num_seqs, stop, np.int32), starts, starts[1:] - 1,
+                      num_seqs if count == 1 else 0)
         self.backend.forward(self.weights, self.kv, batch, self.buffers, self.dims)
         next_ids = np.empty(num_seqs, np.int32)
         self.backend.argmax(next_ids, self.buffers.logits[:num_seqs])
@@ -112,14 +115,14 @@ def fill_random(array: np.ndarray, one: bool) -> None:
 
 
 def serve_peer(raw_config: dict, threads: int) -> None:
-    """Answer lines of "kind size" on standard input with tokens per second of transformers on such a model."""
+    """Answer lines of "kind size" on standard input with tokens per second of transformers."""
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
-    fields = {k: v for k, v in raw_config.items() if k not in ("torch_dtype", "dtype", "model_type", "architectures")}
-    config = LlamaConfig(**fields)
+    not_fields = ("torch_dtype", "dtype", "model_type", "architectures")
+    config = LlamaConfig(**{key: value for key, value in raw_config.items() if key not in not_fields})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     model = model.to_empty(device="cpu")
@@ -166,8 +169,9 @@ class Peer:
         self.process.stdin.flush()
         answer = self.process.stdout.readline().strip()
         if not answer or expected not in (None, answer):
-            raise RuntimeError("the process with transformers ended (see above); --peer needs torch and transformers "
-                               "(pip install 'tinyvllm[test]') and memory for a second copy of the model")
+            raise RuntimeError("the process with transformers ended (see above); --peer needs torch and "
+                               "transformers (pip install 'tinyvllm[test]') and memory for a second copy of "
+                               "the model")
         return answer
 
     def measure(self, kind: str, size: int) -> float:
@@ -202,7 +206,7 @@ def table(results: dict) -> str:
     for label, sides in results.items():
         line = f"{label:24}" + "".join(f"{statistics.median(values):14.1f}" for values in sides.values())
         if "transformers" in sides:
-            ratios = [a / b for a, b in zip(sides["tinyvllm"], sides["transformers"])]
+            ratios = [a / b for a, b in zip(sides["tinyvllm"], sides["transformers"], strict=True)]
             line += f"   ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         lines.append(line)
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from tinyvllm.demo.tokenizer_recipe import BOS, CONTEXT, EOS, EOT, HEADER, SPECI
 
 NO_LOSS = 1 << 15
 SYNTHETIC_SHARE = 0.05  # rows of random tokens said again and again, on their own or in a chat
-ROWS_PER_SHARD = 384
+ROWS_PER_SHARD = 384  # at the default batch of 64
 MOST_SHARDS = 64  # unread files that may lie about
 
 
@@ -33,7 +33,7 @@ def document_tokens(tokenizer: Tokenizer, made: Document, ids: np.ndarray) -> np
         return out
     starts = np.flatnonzero(ids == tokenizer.token_to_id(HEADER))
     ends = np.append(starts[1:], len(ids))
-    for message, start, end in zip(made.messages, starts, ends):
+    for message, start, end in zip(made.messages, starts, ends, strict=True):
         if message["role"] == "assistant":
             text = start + 4  # <|start_header_id|> assistant <|end_header_id|> \n\n
         else:
@@ -58,7 +58,7 @@ class RowMaker:
         made = [document(self.rng) for _ in range(256)]
         texts = [chat_text(d.messages) if d.messages else BOS + d.text + EOS for d in made]
         encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        for d, e in zip(made, encoded):
+        for d, e in zip(made, encoded, strict=True):
             ids = document_tokens(self.tokenizer, d, np.array(e.ids))
             if len(ids) <= CONTEXT:
                 self.ready.append(ids)
@@ -99,7 +99,9 @@ class RowMaker:
         return np.stack([self.row() for _ in range(count)])
 
 
-def work(tokenizer_file: str, folder: str, worker: int, seed: int, shards: int, rows: int = ROWS_PER_SHARD) -> None:
+def work(
+    tokenizer_file: str, folder: str, worker: int, seed: int, shards: int, rows: int = ROWS_PER_SHARD
+) -> None:
     """A worker's whole life: write `shards` files of rows, or until a file called "stop" appears."""
     target = Path(folder)
     maker = RowMaker(Tokenizer.from_file(tokenizer_file), seed * 1000 + worker)
@@ -108,7 +110,9 @@ def work(tokenizer_file: str, folder: str, worker: int, seed: int, shards: int, 
             return
         while len(list(target.glob("rows_*.npy"))) > MOST_SHARDS:  # training is behind: wait for it
             time.sleep(0.5)
-        made = maker.rows(rows if shard else max(1, rows // 6))  # a small first shard, so that training starts soon
+        made = maker.rows(
+            rows if shard else max(1, rows // 6)
+        )  # a small first shard, so that training starts soon
         np.save(target / f"tmp{worker}.npy", made)
         os.rename(target / f"tmp{worker}.npy", target / f"rows_{worker:02d}_{shard:04d}.npy")
 
@@ -121,7 +125,8 @@ def start_workers(
     folder.mkdir(parents=True, exist_ok=True)
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "tinyvllm.demo.corpus", str(tokenizer_file), str(folder), str(worker), str(seed),
+            [sys.executable, "-m", "tinyvllm.demo.corpus", str(tokenizer_file), str(folder), str(worker),
+                str(seed),
              str(shards), str(rows)],
             env=environment,
         )

@@ -1,5 +1,6 @@
-"""The demo model as a torch module for training: a Llama (Touvron et al. 2023; Llama 3.2's rope scaling), written
-for whole batches without a cache. `hf_config` and `hf_tensors` give it Hugging Face's names, and transformers runs it.
+"""The demo model as a torch module for training: a Llama (Touvron et al. 2023; Llama 3.2's rope scaling),
+written for whole batches without a cache. `hf_config` and `hf_tensors` give it Hugging Face's names, and
+transformers runs it.
 """
 
 import math
@@ -38,10 +39,12 @@ ROPE_SCALING = {
 def rope_tables(shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, float32 [context, head_dim], with the llama3 scaling of the frequencies.
 
-    Wavelengths longer than original/low are stretched by `factor`, those shorter than original/high are left alone,
-    and the ones between are blended.
+    Wavelengths longer than original/low are stretched by `factor`, those shorter than original/high are left
+    alone, and the ones between are blended.
     """
-    frequency = shape.rope_theta ** -(torch.arange(0, shape.head_dim, 2, dtype=torch.float64) / shape.head_dim)
+    frequency = shape.rope_theta ** -(
+        torch.arange(0, shape.head_dim, 2, dtype=torch.float64) / shape.head_dim
+    )
     old, factor = ROPE_SCALING["original_max_position_embeddings"], ROPE_SCALING["factor"]
     low, high = ROPE_SCALING["low_freq_factor"], ROPE_SCALING["high_freq_factor"]
     turns = old * frequency / (2 * math.pi)  # full turns within the original context
@@ -106,7 +109,9 @@ class Network(nn.Module):
         deep = 1 / math.sqrt(2 * shape.layers)  # what adds to the residual stream starts smaller
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
-                nn.init.normal_(weight, std=0.02 * (deep if name.endswith(("o_proj.weight", "down_proj.weight")) else 1))
+                nn.init.normal_(
+                    weight, std=0.02 * (deep if name.endswith(("o_proj.weight", "down_proj.weight")) else 1)
+                )
 
     def forward(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         x = self.embed_tokens(ids)
@@ -134,12 +139,20 @@ def hf_config(shape: Shape) -> dict:
     }  # fmt: skip
 
 
-def hf_tensors(network: Network) -> dict[str, torch.Tensor]:
-    """The weights in bfloat16 on the CPU, under Hugging Face's names."""
-    tensors = {}
+def hf_names(network: Network) -> dict[str, nn.Parameter]:
+    """The parameters under Hugging Face's names."""
+    named = {}
     for name, weight in network.named_parameters():
         parts = name.removesuffix(".weight").split(".")
         if parts[-1].endswith("_proj"):
             parts.insert(-1, "self_attn" if parts[-1][0] in "qkvo" else "mlp")
-        tensors[".".join(["model", *parts, "weight"])] = weight.detach().to("cpu", torch.bfloat16).contiguous()
-    return tensors
+        named[".".join(["model", *parts, "weight"])] = weight
+    return named
+
+
+def hf_tensors(network: Network) -> dict[str, torch.Tensor]:
+    """The weights in bfloat16 on the CPU, under Hugging Face's names."""
+    return {
+        name: weight.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, weight in hf_names(network).items()
+    }

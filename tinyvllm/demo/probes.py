@@ -1,8 +1,9 @@
 """What the attention heads do, and how surprised the model is by fresh text.
 
-Induction score (Olsson et al. 2022, "In-context learning and induction heads"): on a sequence of random tokens said
-twice, the attention from a token of the second showing to the token that came after it in the first. Previous-token
-score: the attention from a token to the one before it. Both are means over positions, per head, between 0 and 1.
+Induction score (Olsson et al. 2022, "In-context learning and induction heads"): on a sequence of random
+tokens said twice, the attention from a token of the second showing to the token that came after it in the
+first. Previous-token score: the attention from a token to the one before it. Both are means over positions,
+per head, between 0 and 1.
 """
 
 import math
@@ -23,9 +24,15 @@ def _attentions(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _best(scores: torch.Tensor) -> dict:
-    """The best heads of scores [layers, heads]: {"best": score, "heads": {"layer.head": score of the top five}}."""
+    """The best heads of scores [layers, heads]: {"best": score, "heads": {"layer.head": score of the top
+    five}}.
+    """
     flat = sorted(
-        ((scores[layer, head].item(), f"{layer}.{head}") for layer in range(len(scores)) for head in range(len(scores[0]))),
+        (
+            (scores[layer, head].item(), f"{layer}.{head}")
+            for layer in range(len(scores))
+            for head in range(len(scores[0]))
+        ),
         reverse=True,
     )
     return {
@@ -37,8 +44,9 @@ def _best(scores: torch.Tensor) -> dict:
 
 @torch.no_grad()
 def random_token_scores(model, vocab: int, sequences: int = 16, length: int = 100, seed: int = 3) -> dict:
-    """Induction and previous-token scores on BOS + `length` random tokens said twice, and how often the second
-    showing is predicted right."""
+    """Induction and previous-token scores on BOS + `length` random tokens said twice, and how often the
+    second showing is predicted right.
+    """
     numbers = torch.Generator().manual_seed(seed)
     plain = vocab - len(SPECIAL_TOKENS)
     tokens = torch.randint(0, plain, (sequences, length), generator=numbers)
@@ -57,8 +65,8 @@ def random_token_scores(model, vocab: int, sequences: int = 16, length: int = 10
 def story_scores(model, tokenizer, stories: int = 12, seed: int = 55) -> dict:
     """The same two scores on real text: a story said twice, and chats whose request holds open words.
 
-    "open_word_induction" looks only at the inner tokens of open words in the answer: the attention that goes to any
-    earlier place where the token at hand was followed by something (the induction targets), summed.
+    "open_word_induction" looks only at the inner tokens of open words in the answer: the attention that goes
+    to any earlier place where the token at hand was followed by something (the induction targets), summed.
     """
     rng = random.Random(seed)
     induction, previous, words = [], [], []
@@ -79,7 +87,9 @@ def story_scores(model, tokenizer, stories: int = 12, seed: int = 55) -> dict:
         answer = tell(rng, hero=asked.hero, thing=asked.thing, **asked.tell).text
         turns = [{"role": "user", "content": asked.text}, {"role": "assistant", "content": answer}]
         chat = tokenizer.encode(chat_text(turns), add_special_tokens=False)
-        named = [tokenizer.encode(" " + w, add_special_tokens=False) for w in (asked.hero.noun, asked.thing.noun)]
+        named = [
+            tokenizer.encode(" " + w, add_special_tokens=False) for w in (asked.hero.noun, asked.thing.noun)
+        ]
         at = [
             i + k
             for word in named if len(word) > 2
@@ -92,7 +102,11 @@ def story_scores(model, tokenizer, stories: int = 12, seed: int = 55) -> dict:
             row = []
             for i in at:
                 targets = [j + 1 for j in range(i) if chat[j] == chat[i]]
-                row.append(attention[:, :, i, targets].sum(-1) if targets else torch.zeros_like(attention[:, :, 0, 0]))
+                row.append(
+                    attention[:, :, i, targets].sum(-1)
+                    if targets
+                    else torch.zeros_like(attention[:, :, 0, 0])
+                )
             words.append(torch.stack(row).mean(0))
     result = {"story_twice_induction": _best(torch.stack(induction).mean(0)),
               "previous_token": _best(torch.stack(previous).mean(0))}  # fmt: skip
@@ -103,7 +117,9 @@ def story_scores(model, tokenizer, stories: int = 12, seed: int = 55) -> dict:
 
 @torch.no_grad()
 def perplexity(model, tokenizer, documents_per_kind: int = 40, seed: int = 77) -> dict[str, float]:
-    """Perplexity per kind of document over the tokens that training counts, on documents of a seed never trained on."""
+    """Perplexity per kind of document over the tokens that training counts, on documents of a seed never
+    trained on.
+    """
     rng = random.Random(f"held-out {seed}")
     result = {}
     for kind in MIX:
@@ -114,7 +130,9 @@ def perplexity(model, tokenizer, documents_per_kind: int = 40, seed: int = 77) -
             ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False))
             if len(ids) > 2048:
                 continue
-            marks = torch.from_numpy(document_tokens(tokenizer.backend_tokenizer, made, ids.numpy()).astype("int32"))
+            marks = torch.from_numpy(
+                document_tokens(tokenizer.backend_tokenizer, made, ids.numpy()).astype("int32")
+            )
             logits = model(ids[None].to(model.device)).logits[0, :-1].float().cpu()
             loss = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
             counted = (marks[1:] & NO_LOSS) == 0

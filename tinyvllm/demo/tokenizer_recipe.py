@@ -1,7 +1,8 @@
-"""The demo model's tokenizer: byte-level BPE, Llama 3's special tokens and its way of cutting text into words.
+"""The demo model's tokenizer: byte-level BPE, Llama 3's special tokens and its way of cutting text into
+words.
 
-    tokenizer = train_tokenizer(seed=7)
-    write_tokenizer(tokenizer, Path("model"))
+tokenizer = train_tokenizer(seed=7)
+write_tokenizer(tokenizer, Path("model"))
 """
 
 import json
@@ -18,10 +19,19 @@ CONTEXT = 2048  # the longest text the model is trained on, in tokens
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 HEADER, END_HEADER, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 PAD = "<|finetune_right_pad_id|>"
-SPECIAL_TOKENS = [BOS, EOS, HEADER, END_HEADER, EOT, PAD, "<|eom_id|>", "<|python_tag|>"]  # the last ids, in this order
+SPECIAL_TOKENS = [
+    BOS,
+    EOS,
+    HEADER,
+    END_HEADER,
+    EOT,
+    PAD,
+    "<|eom_id|>",
+    "<|python_tag|>",
+]  # the last ids, in this order
 
-# Words with the space or sign before them; numbers by three digits; signs with the line ends after them; line ends;
-# spaces. The same classes as Llama 3's splitter.
+# Words with the space or sign before them; numbers by three digits; signs with the line ends after them; line
+# ends; spaces. The same classes as Llama 3's splitter.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
     r"|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -32,8 +42,8 @@ SPLIT = (
     r"|\s+"
 )
 
-# One header per message, two line ends, the text, <|eot_id|>. Unlike Llama 3.2's own template it adds no system
-# message with dates: what the user writes is all that the model reads.
+# One header per message, two line ends, the text, <|eot_id|>. Unlike Llama 3.2's own template it adds no
+# system message with dates: what the user writes is all that the model reads.
 CHAT_TEMPLATE = (
     "{{- bos_token }}"
     "{%- for message in messages %}"
@@ -46,7 +56,9 @@ CHAT_TEMPLATE = (
 
 
 def chat_text(messages: list[dict[str, str]]) -> str:
-    """What CHAT_TEMPLATE makes of `messages`, without the generation prompt (the training text needs no jinja)."""
+    """What CHAT_TEMPLATE makes of `messages`, without the generation prompt (the training text needs no
+    jinja).
+    """
     parts = [f"{HEADER}{m['role']}{END_HEADER}\n\n{m['content'].strip()}{EOT}" for m in messages]
     return BOS + "".join(parts)
 

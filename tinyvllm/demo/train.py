@@ -1,8 +1,9 @@
 """Train the demo model: `python -m tinyvllm.demo.train --minutes 5 --out model`.
 
-Processes on the other cores write fables while the GPU reads them, so nearly every token is fresh. The schedule
-follows the clock (or the step count with --steps): a short warm-up, then a cosine down to 2 %. Runs with --steps and
-the same seed see the same documents; their order depends on which worker is first, so weights differ a little.
+Processes on the other cores write fables while the GPU reads them, so nearly every token is fresh. The
+schedule follows the clock (or the step count with --steps): a short warm-up, then a cosine down to 2 %. Runs
+with --steps and the same seed see the same documents; their order depends on which worker is first, so
+weights differ a little.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
 from tinyvllm.demo.extras import require
@@ -22,11 +24,13 @@ from tinyvllm.demo.extras import require
 torch = require("torch", "safetensors.torch", "tokenizers")
 
 from tinyvllm.demo.corpus import NO_LOSS, RowMaker, start_workers, stop_workers  # noqa: E402
-from tinyvllm.demo.network import TOY, Network, Shape, hf_config, hf_tensors  # noqa: E402
+from tinyvllm.demo.network import TOY, Network, Shape, hf_config, hf_names, hf_tensors  # noqa: E402
 from tinyvllm.demo.tokenizer_recipe import SPECIAL_TOKENS, train_tokenizer, write_tokenizer  # noqa: E402
 
 WARM_UP, FLOOR, CLIP = 0.015, 0.02, 1.0
-MOST_UNREAD = 100_000  # rows waiting on the device, about 0.4 GB; four times as many are kept to go over again
+BATCHES_AHEAD = (
+    1500  # unread batches on the device, 0.4 GB at the default size; four times as many rows are kept
+)
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -45,9 +49,12 @@ def inputs_and_targets(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class RowPool:
-    """Rows on the device: new shards join as the workers write them; every row is used once before any is reused."""
+    """Rows on the device: new shards join as the workers write them; every row is used once before any is
+    reused.
+    """
 
-    def __init__(self, folder: Path, device: str, workers: list):
+    def __init__(self, folder: Path, device: str, workers: list, batch: int):
+        self.most_unread = BATCHES_AHEAD * batch
         self.folder, self.device, self.workers = folder, device, workers
         self.unread = torch.empty(0, dtype=torch.int64, device=device)
         self.rows: list[torch.Tensor] = []
@@ -55,8 +62,10 @@ class RowPool:
 
     def _load(self) -> None:
         if any(worker.poll() for worker in self.workers):
-            raise RuntimeError("a process that writes training text ended with an error (its message is above)")
-        room = len(self.unread) < MOST_UNREAD
+            raise RuntimeError(
+                "a process that writes training text ended with an error (its message is above)"
+            )
+        room = len(self.unread) < self.most_unread
         new = sorted(self.folder.glob("rows_*.npy")) if room else []
         for path in new:
             self.rows.append(torch.from_numpy(np.load(path).astype(np.int16)).to(self.device))
@@ -76,18 +85,30 @@ class RowPool:
         if time.monotonic() - self.checked > 3 or len(self.unread) < size:
             self._load()
         while len(self.unread) < size:
-            if len(self.rows) and len(self.data) >= 8 * size:  # the workers are behind: go over known rows once more
+            if (
+                len(self.rows) and len(self.data) >= 8 * size
+            ):  # the workers are behind: go over known rows once more
                 self.unread = torch.randperm(len(self.data), device=self.device)
                 self.refills += 1
             else:
                 time.sleep(0.1)
                 self._load()
         index, self.unread = self.unread[:size], self.unread[size:]
-        if len(self.data) > 4 * MOST_UNREAD:  # forget what was read
+        if len(self.data) > 4 * self.most_unread:  # forget what was read
             self.data = self.data[torch.cat((index, self.unread))]
             self.rows, index = [self.data], torch.arange(size, device=self.device)
             self.unread = torch.arange(size, len(self.data), device=self.device)
         return self.data[index].to(torch.int32) & 0xFFFF
+
+
+def load_model(network: Network, folder: Path) -> None:
+    """Fill `network` with the weights of a model folder that save_model wrote."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(str(folder / "model.safetensors"))
+    with torch.no_grad():
+        for name, weight in hf_names(network).items():
+            weight.copy_(tensors[name])
 
 
 def save_model(network: Network, tokenizer, folder: Path, facts: dict) -> None:
@@ -97,7 +118,9 @@ def save_model(network: Network, tokenizer, folder: Path, facts: dict) -> None:
     write_tokenizer(tokenizer, folder)
     config = hf_config(network.shape)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")} | {"do_sample": False}
+    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")} | {
+        "do_sample": False
+    }
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     save_file(hf_tensors(network), str(folder / "model.safetensors"), metadata={"format": "pt"})
     (folder / "train.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -110,11 +133,16 @@ def train(options: argparse.Namespace) -> dict:
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
     options.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(options.tokenizer_seed)
+    if options.start_from:
+        tokenizer = Tokenizer.from_file(str(options.start_from / "tokenizer.json"))
+    else:
+        tokenizer = train_tokenizer(options.tokenizer_seed)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as scratch:
         tokenizer_file = Path(scratch) / "tokenizer.json"
         tokenizer.save(str(tokenizer_file))
-        workers = start_workers(tokenizer_file, Path(scratch), options.workers, options.seed + 1)
+        workers = start_workers(
+            tokenizer_file, Path(scratch), options.workers, options.seed + 1, rows=6 * options.batch
+        )
         try:
             return _train(options, device, tokenizer, Path(scratch), begun, workers)
         finally:
@@ -124,15 +152,19 @@ def train(options: argparse.Namespace) -> dict:
 def _train(options, device: str, tokenizer, scratch: Path, begun: float, workers: list) -> dict:
     shape = TOY if options.toy else Shape()
     network = Network(shape).to(device)
+    if options.start_from:
+        load_model(network, options.start_from)
     weights = list(network.parameters())
     groups = [
         {"params": [w for w in weights if w.dim() == 2], "weight_decay": 0.1},
         {"params": [w for w in weights if w.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), eps=1e-8, fused=device == "cuda")
-    model = torch.compile(network) if device == "cuda" else network
+    model = torch.compile(network) if device == "cuda" and not options.no_compile else network
     validation = inputs_and_targets(
-        torch.from_numpy(RowMaker(tokenizer, options.seed + 999_999, synthetic_share=0.0).rows(32).astype(np.int32)).to(device)
+        torch.from_numpy(
+            RowMaker(tokenizer, options.seed + 999_999, synthetic_share=0.0).rows(32).astype(np.int32)
+        ).to(device)
     )
 
     def loss_of(rows_or_pair) -> torch.Tensor:
@@ -142,16 +174,21 @@ def _train(options, device: str, tokenizer, scratch: Path, begun: float, workers
 
     plain_ids = shape.vocab - len(SPECIAL_TOKENS)
     warm = torch.randint(0, plain_ids, (options.batch, shape.context), dtype=torch.int32, device=device)
-    if device == "cuda":  # compile before the clock starts, and throw the gradients away
+    if model is not network:  # compile before the clock starts, and throw the gradients away
         loss_of(inputs_and_targets(warm)).backward()
         network.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
-    pool = RowPool(scratch, device, workers)
+    pool = RowPool(scratch, device, workers, options.batch)
     log, step, shown = [], 0, 0.0
     seconds = options.minutes * 60
     start = time.monotonic()
-    print(f"{sum(w.numel() for w in weights):,} parameters on {device}, ready after {start - begun:.1f} s", flush=True)
-    with tqdm(total=options.steps or round(seconds), unit="step" if options.steps else "s", mininterval=5) as bar:
+    print(
+        f"{sum(w.numel() for w in weights):,} parameters on {device}, ready after {start - begun:.1f} s",
+        flush=True,
+    )
+    with tqdm(
+        total=options.steps or round(seconds), unit="step" if options.steps else "s", mininterval=5
+    ) as bar:
         while True:
             elapsed = time.monotonic() - start
             progress = step / options.steps if options.steps else elapsed / seconds
@@ -182,25 +219,41 @@ def _train(options, device: str, tokenizer, scratch: Path, begun: float, workers
         "parameters": sum(w.numel() for w in weights), "steps": step, "tokens": tokens,
         "fresh_tokens": pool.fresh_tokens, "refills": pool.refills, "seconds_training": round(trained, 1),
         "seconds_in_all": round(time.monotonic() - begun, 1), "held_out_loss": round(held_out_loss, 4),
-        "seed": options.seed, "batch_rows": options.batch, "context": shape.context, "peak_learning_rate": options.lr,
+        "seed": options.seed, "batch_rows": options.batch, "context": shape.context,
+        "peak_learning_rate": options.lr,
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu",
-        "torch": torch.__version__, "workers": options.workers, "log": log,
+        "torch": torch.__version__, "workers": options.workers,
+        "started_from": str(options.start_from) if options.start_from else None, "log": log,
     }  # fmt: skip
+    if options.start_from and (before := options.start_from / "train.json").exists():
+        facts["before"] = json.loads(before.read_text(encoding="utf-8"))
     save_model(network, tokenizer, options.out, facts)
-    print(json.dumps({k: v for k, v in facts.items() if k != "log"}), flush=True)
+    print(json.dumps({k: v for k, v in facts.items() if k not in ("log", "before")}), flush=True)
     return facts
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m tinyvllm.demo.train", description=__doc__.split("\n\n")[0])
     p.add_argument("--out", type=Path, required=True, help="folder to write the model to")
-    p.add_argument("--minutes", type=float, default=5.0, help="training time on the clock, without start-up (default 5)")
+    p.add_argument(
+        "--minutes", type=float, default=5.0, help="training time on the clock, without start-up (default 5)"
+    )
     p.add_argument("--steps", type=int, default=0, help="train for this many steps instead of a time")
     p.add_argument("--batch", type=int, default=64, help="rows of 2,048 tokens a step (default 64)")
     p.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default 3e-3)")
     p.add_argument("--seed", type=int, default=0, help="seed of the documents and of the initial weights")
-    p.add_argument("--tokenizer-seed", type=int, default=7, help="seed of the text that the tokenizer learns from")
-    p.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 3), help="processes that write text")
+    p.add_argument(
+        "--tokenizer-seed", type=int, default=7, help="seed of the text that the tokenizer learns from"
+    )
+    p.add_argument(
+        "--workers", type=int, default=max(1, (os.cpu_count() or 2) - 3), help="processes that write text"
+    )
+    p.add_argument("--start-from", type=Path, help="a model folder to go on from, with its tokenizer")
+    p.add_argument(
+        "--no-compile",
+        action="store_true",
+        help="skip torch.compile: starts half a minute sooner, runs slower",
+    )
     p.add_argument("--toy", action="store_true", help="a tiny network, to try the recipe on a CPU")
     return p
 

@@ -1,7 +1,8 @@
 """Greedy decoding: the id of the largest logit.
 
-Ties go to the lowest id, NaN never wins (every comparison with NaN is false), and a row without any number above
--infinity gives id 0. With those rules the answer does not depend on the order in which a parallel reduction looks.
+Ties go to the lowest id, NaN never wins (every comparison with NaN is false), and a row without any number
+above -infinity gives id 0. With those rules the answer does not depend on the order in which a parallel
+reduction looks.
 """
 
 import numpy as np

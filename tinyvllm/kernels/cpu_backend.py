@@ -1,14 +1,14 @@
-"""The CPU kernels as a backend: the table of operations, and the forward pass compiled into one function over them.
+"""The CPU kernels as a backend: the table of operations, and the forward pass as one compiled function.
 
-A small model's step is over in a third of a millisecond. Calling its hundred operations from Python would take as long
-again, so by default the whole forward pass is one compiled function. `eager_forward` calls them one by one: the same
-kernels and the same bits, but one can look between them.
+A small model's step is over in a third of a millisecond. Calling its hundred operations from Python would
+take as long again, so by default the whole forward pass is one compiled function. `eager_forward` calls them
+one by one: the same kernels and the same bits, but one can look between them.
 
 Weights of linear layers, and the embedding table, are packed (gemm/packing.py).
 """
 
 import functools
-from typing import Callable
+from collections.abc import Callable
 
 from tinyvllm.kernels.argmax import argmax_cpu
 from tinyvllm.kernels.attention.cpu import attention_cpu
@@ -44,7 +44,7 @@ OPS = {
 
 @functools.cache
 def compiled_forward() -> Callable:
-    """model.llama.forward as one compiled function. Its first call compiles it, or loads it from the cache."""
+    """model.llama.forward as one compiled function; its first call compiles it or loads it from the cache."""
     return _guarded(cpu_jit(llama.bind(OPS)))
 
 

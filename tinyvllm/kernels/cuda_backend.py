@@ -1,11 +1,12 @@
 """The CUDA set of operations, for model.llama.bind: every one is a numba.cuda kernel behind a launch wrapper.
 
-Weights are plain [N, K] matrices here (the packed layout is the CPU's), activations and the cache are device arrays of
-bf16 bits. In numba's simulator the same names run the lesson-grade kernels, so that a whole forward pass of a toy model
-can be stepped through without a GPU.
+Weights are plain [N, K] matrices here (the packed layout is the CPU's), activations and the cache are device
+arrays of bf16 bits. In numba's simulator the same names run the lesson-grade kernels, so that a whole forward
+pass of a toy model can be stepped through without a GPU.
 
-Kernels are compiled at their first launch, or loaded from disk. gemm/gemv.py has one kernel for each number of rows from
-1 to 8, so a server that wants no hiccup runs one step at each of those batch sizes before it takes requests.
+Kernels are compiled at their first launch, or loaded from disk. gemm/gemv.py has one kernel for each number
+of rows from 1 to 8, so a server that wants no hiccup runs one step at each of those batch sizes before it
+takes requests.
 """
 
 from types import MappingProxyType

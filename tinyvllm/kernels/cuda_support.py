@@ -1,7 +1,7 @@
 """What every CUDA kernel here shares: is there a GPU, how a kernel is compiled, how it is launched.
 
-`import tinyvllm.kernels.rms_norm` has to work where no CUDA package is installed, so nothing is compiled on import:
-`@kernel` keeps the Python function and hands it to numba.cuda on its first launch.
+`import tinyvllm.kernels.rms_norm` has to work where no CUDA package is installed, so nothing is compiled on
+import: `@kernel` keeps the Python function and hands it to numba.cuda on its first launch.
 
 Two kinds of kernels live in this package:
 
@@ -10,19 +10,18 @@ Two kinds of kernels live in this package:
     PTX-grade     raw addresses (uint64) and inline PTX from ptx.py: tensor cores, 16-byte loads, asynchronous
                   copies; they need a GPU to run, but not to be compiled
 
-Launch wrappers take numba device arrays, or anything with `__cuda_array_interface__`, and launch on the default stream.
+Launch wrappers take numba device arrays, or anything with `__cuda_array_interface__`, and launch on the
+default stream.
 """
 
 import functools
 import os
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from tinyvllm.errors import DeviceError
-
-# numba warns of every launch that leaves multiprocessors idle; with one request in flight that is the normal case.
-os.environ.setdefault("NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS", "0")
 
 try:
     import numba_cuda  # noqa: F401  (numba has an older numba.cuda of its own, which lacks what ptx.py needs)
@@ -32,9 +31,8 @@ except Exception as error:  # not installed, or broken by a mismatch of versions
 else:
     _IMPORT_ERROR = None
 
-__all__ = ["cuda", "simulated", "cuda_available", "require_cuda", "kernel", "device_function", "pointer", "workspace",
-           "ceil_div", "block_threads", "row_grid",
-           "array_or_empty"]
+__all__ = ["cuda", "simulated", "cuda_available", "require_cuda", "kernel", "device_function", "pointer",
+           "workspace", "ceil_div", "block_threads", "row_grid", "array_or_empty"]
 
 MINIMUM_COMPUTE_CAPABILITY = (8, 0)  # Ampere: the first with bf16 tensor cores and asynchronous copies
 THREADS = 256  # a block, for kernels that have one thread an element
@@ -61,8 +59,8 @@ def require_cuda() -> None:
     """Raise DeviceError, saying what is missing, unless a GPU that can run these kernels is there."""
     advice = 'Use device="cpu", which needs no GPU.'
     if cuda is None:
-        raise DeviceError(f'device="cuda" needs the package numba-cuda, which cannot be imported ({_IMPORT_ERROR}). '
-                          f'Install it with pip install "tinyvllm[cuda]". {advice}')
+        raise DeviceError(f'device="cuda" needs the package numba-cuda, which cannot be imported '
+                          f'({_IMPORT_ERROR}). Install it with pip install "tinyvllm[cuda]". {advice}')
     if simulated():
         return
     try:
@@ -73,25 +71,28 @@ def require_cuda() -> None:
         found, reason, capability = False, f" ({error})", None
     if not found:
         reason = " ".join(reason.split())  # the driver's message may be several lines
-        raise DeviceError(f'device="cuda" needs an NVIDIA GPU and its driver; none was found {reason}. {advice}')
+        raise DeviceError(f'device="cuda" needs an NVIDIA GPU and its driver; none was found {reason}. '
+                          f"{advice}")
     if capability < MINIMUM_COMPUTE_CAPABILITY:
         need = ".".join(map(str, MINIMUM_COMPUTE_CAPABILITY))
         name = cuda.get_current_device().name
         name = name.decode() if isinstance(name, bytes) else name
-        raise DeviceError(f"this GPU ({name}) has compute capability {'.'.join(map(str, capability))}; tinyvllm's "
-                          f"kernels need {need} or newer (bf16 tensor cores). {advice}")
+        has = ".".join(map(str, capability))
+        raise DeviceError(f"this GPU ({name}) has compute capability {has}; tinyvllm's kernels need {need} "
+                          f"or newer (bf16 tensor cores). {advice}")
 
 
 # ---- compiling ----
 
 
 class kernel:
-    """A numba.cuda kernel that is compiled when it is first launched: `name[grid, block, stream, shared](...)`.
+    """A numba.cuda kernel that is compiled when it is first launched: `name[grid, block, stream,
+    shared](...)`.
 
-    signature: argument types for PTX-grade kernels, as a list of names ("uint64", "int32", "float32"); lesson-grade
-    kernels leave it out and are compiled for the arrays they meet. max_threads: threads a block at most, min_blocks:
-    blocks that should fit on a multiprocessor together; the compiler divides the registers by them
-    (`__launch_bounds__`).
+    signature: argument types for PTX-grade kernels, as a list of names ("uint64", "int32", "float32");
+    lesson-grade kernels leave it out and are compiled for the arrays they meet. max_threads: threads a block
+    at most, min_blocks: blocks that should fit on a multiprocessor together; the compiler divides the
+    registers by them (`__launch_bounds__`).
     """
 
     def __init__(self, function: Callable | None = None, *, signature: tuple[str, ...] | None = None,
@@ -123,7 +124,9 @@ class kernel:
         """The signature as numba types, or None."""
         from numba.cuda import types  # not on import: see above
 
-        return None if self._signature is None else types.void(*(getattr(types, name) for name in self._signature))
+        if self._signature is None:
+            return None
+        return types.void(*(getattr(types, name) for name in self._signature))
 
     def _compile(self):
         require_cuda()
@@ -135,11 +138,12 @@ class kernel:
 
 
 def device_function(function: Callable) -> Callable:
-    """A small function for use inside CUDA kernels, compiled with them; plain Python where numba.cuda is missing."""
+    """A small function for use inside CUDA kernels, compiled with them; plain Python where numba.cuda is
+    missing."""
     if cuda is None:
         return function
-    # Inlined as Python, before types are inferred. Otherwise numba would compile it by itself and ask the driver for
-    # the GPU's architecture, and kernels must also compile where there is no GPU.
+    # Inlined as Python, before types are inferred. Otherwise numba would compile it by itself and ask the
+    # driver for the GPU's architecture, and kernels must also compile where there is no GPU.
     return cuda.jit(device=True, inline="always")(function)
 
 
@@ -152,7 +156,8 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def block_threads(threads: int) -> int:
-    """Threads a block for kernels that work with any number: few in the simulator, which runs each as a Python thread."""
+    """Threads a block for kernels that work with any number: few in the simulator, which runs each as a
+    Python thread."""
     return min(threads, 32) if simulated() else threads
 
 
@@ -193,10 +198,11 @@ def _scratch(size: int, context_id: int):
 
 
 def workspace(num_floats: int):
-    """Device scratch of at least `num_floats` float32, contents undefined, shared by all kernels that ask for it.
+    """Device scratch of at least `num_floats` float32, contents undefined, shared by all kernels that ask for
+    it.
 
-    One stream runs one kernel after the other, so a kernel may use it until it ends, and none may expect it to keep
-    anything for longer. Sizes are rounded up to a power of two, so that few are ever allocated.
+    One stream runs one kernel after the other, so a kernel may use it until it ends, and none may expect it
+    to keep anything for longer. Sizes are rounded up to a power of two, so that few are ever allocated.
     """
     size = 1 << max(12, (num_floats - 1).bit_length())
     return _scratch(size, id(cuda.current_context()))

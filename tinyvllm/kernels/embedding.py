@@ -3,12 +3,10 @@
     embedding:   out[t] = table[input_ids[t]]
     gather_rows: out[i] = x[indices[i]]
 
-No arithmetic: bits are copied. The CPU backend keeps the table in the packed layout of its matrix kernel, because a
-tied embedding is also the output projection and is stored once (see gemm/packing.py). There, element (v, h) of the
-table is at [v // 16, h // 2, 2 * (v % 16) + h % 2].
+No arithmetic: bits are copied. The CPU backend keeps the table in the packed layout of its matrix kernel,
+because a tied embedding is also the output projection and is stored once (see gemm/packing.py). There,
+element (v, h) of the table is at [v // 16, h // 2, 2 * (v % 16) + h % 2].
 """
-
-import numpy as np
 
 from tinyvllm.kernels.cuda_support import cuda, kernel, row_grid
 from tinyvllm.kernels.jit import cpu_jit
@@ -51,7 +49,8 @@ def gather_rows_cpu(out, x, indices):
 
 @kernel
 def _gather_kernel(out, table, indices):
-    """One thread an element: neighbours in a warp copy neighbours in a row, so loads and stores are coalesced."""
+    """One thread an element: neighbours in a warp copy neighbours in a row, so loads and stores are
+    coalesced."""
     row, column = cuda.blockIdx.x, cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x
     if column < out.shape[1]:
         out[row, column] = table[indices[row], column]

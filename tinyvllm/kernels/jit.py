@@ -1,22 +1,22 @@
 """`cpu_jit`: numba.njit for this package's CPU kernels, with an on-disk cache that never serves stale code.
 
-Compiling every kernel takes many seconds, loading compiled ones a fraction of one, so they are kept on disk. numba
-has such a cache, but it looks only at the file that holds the function: edit a helper in another file and the old
-machine code, with the old helper inlined, is served without a word. (It also shares one index among processes, in
-which two that compile at the same time can take each other's entries.) Here an entry is one file, named by a hash
-over everything that went into the machine code:
+Compiling every kernel takes many seconds, loading compiled ones a fraction of one, so they are kept on disk.
+numba has such a cache, but it looks only at the file that holds the function: edit a helper in another file
+and the old machine code, with the old helper inlined, is served without a word. (It also shares one index
+among processes, in which two that compile at the same time can take each other's entries.) Here an entry is
+one file, named by a hash over everything that went into the machine code:
 
     source stamp     every .py file of tinyvllm/kernels, and tinyvllm/model/llama.py
-    fingerprint      bytecode and constants of the function and of every function it reaches through its globals
-                     and closure: this tells apart the copies of `forward` that model.llama.bind makes
+    fingerprint      bytecode and constants of the function and of every function it reaches through its
+                     globals and closure: this tells apart the copies of `forward` that model.llama.bind makes
     signature        the argument types, and the options of njit
     the machine      processor name and features, operating system; versions of numba, llvmlite and Python
 
-An entry is written to a temporary file and renamed, so a reader sees all of it or nothing, and two processes that
-compile the same thing write the same thing. Whatever cannot be read is compiled again.
+An entry is written to a temporary file and renamed, so a reader sees all of it or nothing, and two processes
+that compile the same thing write the same thing. Whatever cannot be read is compiled again.
 
-Where: $TINYVLLM_CACHE_DIR, else $NUMBA_CACHE_DIR, else the user's cache directory ($XDG_CACHE_HOME or ~/.cache on
-Linux), else a private directory under the system's temporary one.
+Where: $TINYVLLM_CACHE_DIR, else $NUMBA_CACHE_DIR, else the user's cache directory ($XDG_CACHE_HOME or
+~/.cache on Linux), else a private directory under the system's temporary one.
 """
 
 import functools
@@ -28,8 +28,9 @@ import sys
 import tempfile
 import types as python_types
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import llvmlite
 import numba
@@ -41,27 +42,31 @@ from numba.core.dispatcher import Dispatcher
 from numba.core.serialize import dumps
 from numba.extending import intrinsic
 
-__all__ = ["cpu_jit", "cpu_helper", "thread_count", "cache_dir", "source_stamp"]
+import tinyvllm.kernels.threads  # noqa: F401  says how threads wait, which must be said before they start
 
-# Without reordering and without assuming that NaN and infinity do not occur: only a * b + c may become one fused
-# instruction. A row's result must not depend on its neighbours, and NaN must not pass unseen.
+__all__ = ["cpu_jit", "cpu_helper", "thread_count", "PARALLEL_ELEMENTS", "cache_dir", "source_stamp"]
+
+# Without reordering and without assuming that NaN and infinity do not occur: only a * b + c may become one
+# fused instruction. A row's result must not depend on its neighbours, and NaN must not pass unseen.
 FASTMATH = frozenset({"contract"})
-# Threads for `prange` loops and for nothing else: left to itself, numba also spreads whole-array expressions, starting
-# threads for tiny ones, and it mistakes the shape of an array whose name is bound again.
-PARALLEL = {name: name == "prange" for name in
-            ("prange", "comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion")}
+# Threads for `prange` loops and for nothing else: left to itself, numba also spreads whole-array expressions,
+# starting threads for tiny ones, and it mistakes the shape of an array whose name is bound again.
+PARALLEL = {"prange": True, "comprehension": False, "reduction": False, "inplace_binop": False,
+            "setitem": False, "numpy": False, "stencil": False, "fusion": False}
+PARALLEL_ELEMENTS = 1 << 17  # from so many on, an element-by-element operation is given to several threads
 KEPT_STAMPS = 6  # directories of older sources that are kept, so that switching branches does not recompile
 
 
 def cpu_jit(function: Callable | None = None, *, parallel: bool = False, fastmath=FASTMATH) -> Callable:
     """Compile `function` with numba.njit on its first call, or load it from the cache.
 
-    parallel: `prange` loops are spread over threads. fastmath: a set of LLVM flags; keep to the default unless the
-    result provably stays the same for a row whatever the batch is. The GIL is released while the kernel runs, and
-    division by zero gives inf or nan as NumPy does (no exception, hence loops that vectorise).
+    parallel: `prange` loops are spread over threads. fastmath: a set of LLVM flags; keep to the default
+    unless the result provably stays the same for a row whatever the batch is. The GIL is released while the
+    kernel runs, and division by zero gives inf or nan as NumPy does (no exception, hence loops that
+    vectorise).
 
-    Use it on entry points, which Python calls: operations, and whole forward passes. What only kernels call belongs
-    under `cpu_helper`.
+    Use it on entry points, which Python calls: operations, and whole forward passes. What only kernels call
+    belongs under `cpu_helper`.
     """
     if function is None:
         return functools.partial(cpu_jit, parallel=parallel, fastmath=fastmath)
@@ -74,13 +79,13 @@ def cpu_jit(function: Callable | None = None, *, parallel: bool = False, fastmat
 
 
 def cpu_helper(function: Callable) -> Callable:
-    """A small function for use inside kernels: compiled with its caller and inlined by LLVM; not cached by itself."""
+    """A small function for use inside kernels: compiled with its caller, inlined by LLVM, not cached."""
     return numba.njit(fastmath=set(FASTMATH), error_model="numpy", nogil=True)(function)
 
 
 @intrinsic
 def thread_count(typingctx):
-    """Inside a kernel: how many threads a prange loop gets (numba.get_num_threads itself prevents caching)."""
+    """Inside a kernel: how many threads a prange loop gets (numba.get_num_threads would prevent caching)."""
     numba.get_num_threads()  # starts the threads, and with them the symbol that is called below exists
 
     def codegen(context, builder, signature, args):
@@ -105,12 +110,13 @@ def source_stamp(package: Path | None = None) -> str:
     return digest.hexdigest()[:24]
 
 
-# Taken on import, before any kernel module is: a file edited while this process runs then belongs to the next one.
+# Taken on import, before any kernel module is: a file edited while this process runs then belongs to the next
+# one.
 _STAMP = source_stamp()
 
 
 def fingerprint(function: Callable) -> str:
-    """Hash over the bytecode and constants of `function` and of all Python functions that it reaches by name."""
+    """Hash over bytecode and constants of `function` and of all Python functions that it reaches by name."""
     digest, seen = hashlib.sha256(), set()
 
     def note(*parts):
@@ -119,7 +125,10 @@ def fingerprint(function: Callable) -> str:
     def visit_code(code: python_types.CodeType):
         note(code.co_name, code.co_code.hex(), code.co_names, code.co_varnames, code.co_freevars)
         for const in code.co_consts:
-            visit_code(const) if isinstance(const, python_types.CodeType) else note(type(const).__name__, repr(const))
+            if isinstance(const, python_types.CodeType):
+                visit_code(const)
+            else:
+                note(type(const).__name__, repr(const))
 
     def names_of(code: python_types.CodeType):
         yield from code.co_names
@@ -139,27 +148,49 @@ def fingerprint(function: Callable) -> str:
             visit_code(value.__code__)
             for free, cell in zip(value.__code__.co_freevars, value.__closure__ or ()):
                 visit(free, cell.cell_contents)
-            if (value.__module__ or "").partition(".")[0] not in ("numba", "numpy", "llvmlite"):
+            if not _foreign(value):
                 for global_name in sorted(set(names_of(value.__code__))):
                     if global_name in value.__globals__:
                         visit(global_name, value.__globals__[global_name])
         elif isinstance(value, np.ndarray):
             note(name, value.dtype, value.shape, value.tobytes().hex())
-        elif isinstance(value, (int, float, complex, str, bytes, bool, tuple, frozenset, type(None), np.generic)):
-            note(name, type(value).__name__, sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value))
-        else:  # modules, classes: known by name, their versions are part of the key
-            note(name, getattr(value, "__module__", ""), getattr(value, "__qualname__", getattr(value, "__name__", "")))
+        elif isinstance(value, (int, float, complex, str, bytes, type(None), np.generic)):
+            note(name, type(value).__name__, repr(value))
+        elif isinstance(value, (tuple, list, dict, set, frozenset)):
+            note(name, type(value).__name__, len(value))
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            if isinstance(value, (set, frozenset)):
+                items = enumerate(sorted(value, key=repr))
+            for key, item in items:
+                visit(str(key), item)
+        elif isinstance(value, (type, python_types.ModuleType, python_types.BuiltinFunctionType)):
+            # Known by name: versions of the packages are part of the key, this package's sources of the
+            # stamp.
+            note(name, getattr(value, "__module__", ""), getattr(value, "__qualname__", value.__name__))
+        elif isinstance(value, types.Type):
+            note(name, value)
+        else:  # an object: its class, and what it holds
+            note(name, type(value).__module__, type(value).__qualname__)
+            if id(value) not in seen and not _foreign(type(value)):
+                seen.add(id(value))
+                for attribute, held in sorted(getattr(value, "__dict__", {}).items()):
+                    visit(attribute, held)
 
     visit("", function)
     return digest.hexdigest()
 
 
+def _foreign(value) -> bool:
+    """Whether a function or class belongs to a package whose version is part of the key."""
+    return (value.__module__ or "").partition(".")[0] in ("numba", "numpy", "llvmlite")
+
+
 # ---- where entries are ----
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def cache_dir() -> Path | None:
-    """The directory of compiled kernels, created; None when no place can be written to (then nothing is cached)."""
+    """The directory of compiled kernels, created; None when no place can be written to: nothing is cached."""
     home = os.environ.get("XDG_CACHE_HOME")
     if sys.platform == "win32":
         home = home or os.environ.get("LOCALAPPDATA")
@@ -203,12 +234,16 @@ class KernelCache(_Cache):
         if cache_dir() is not None:
             shutil.rmtree(cache_dir() / _STAMP, ignore_errors=True)
 
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self._function)
+
     def _entry(self, signature, codegen) -> tuple[Path, str]:
         machine = (codegen.magic_tuple(), sys.platform, sys.version, numba.__version__, llvmlite.__version__)
         switches = [getattr(config, name, None) for name in
                     ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO_DEFAULT")]
         key = repr((_STAMP, self._function.__module__, self._function.__qualname__, str(signature), machine,
-                    sorted(self._options.items()), switches, fingerprint(self._function)))
+                    sorted(self._options.items()), switches, self._fingerprint))
         name = f"{self._function.__name__}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
         return cache_dir() / _STAMP / name, key
 
@@ -238,11 +273,12 @@ class KernelCache(_Cache):
         except FileNotFoundError:
             return None
         except Exception as error:  # damaged, or of a kind that this numba cannot read: compile instead
-            warnings.warn(f"compiled kernel {path.name} cannot be loaded ({error!r}); compiling it again")
+            warnings.warn(f"compiled kernel {path.name} cannot be loaded ({error!r}); compiling it again",
+                          stacklevel=2)
             return None
 
     def save_overload(self, signature, result):
-        """Write the compiled function; a full or read-only disk costs the next start its time, nothing else."""
+        """Write the compiled function; a full or read-only disk costs the next start its time, no more."""
         if not self._enabled or cache_dir() is None:
             return
         if not self._cacheable(result):
@@ -256,11 +292,11 @@ class KernelCache(_Cache):
                 file.write(pickle.dumps((key, self._dump(result))))
             os.replace(file.name, path)
         except OSError as error:
-            warnings.warn(f"compiled kernels cannot be kept in {path.parent}: {error}")
+            warnings.warn(f"compiled kernels cannot be kept in {path.parent}: {error}", stacklevel=2)
 
 
 def _forget_old_stamps(root: Path):
     """Drop the directories of all but the latest few versions of the sources."""
-    directories = sorted((d for d in root.iterdir() if d.is_dir()), key=lambda d: d.stat().st_mtime, reverse=True)
-    for directory in directories[KEPT_STAMPS:]:
+    directories = sorted((d for d in root.iterdir() if d.is_dir()), key=lambda d: d.stat().st_mtime)
+    for directory in directories[:-KEPT_STAMPS]:
         shutil.rmtree(directory, ignore_errors=True)

@@ -1,16 +1,17 @@
 """Writing the step's keys and values into the paged cache.
 
-The cache is cut into blocks of `block_size` tokens; a request owns any blocks, in any order, and its block table says
-which. The scheduler turns that into one number a token, its slot:
+The cache is cut into blocks of `block_size` tokens; a request owns any blocks, in any order, and its block
+table says which. The scheduler turns that into one number a token, its slot:
 
     slot = block_id * block_size + offset       cache[block_id, head, offset, :] = the token's key (or value)
 
 so this kernel knows nothing of requests. A negative slot marks a padding row, which is skipped.
 
-    k_cache, v_cache   [num_blocks, Hkv, block_size, D]: within a block one head's tokens are adjacent, because
-                       attention walks over the tokens of one head
+    k_cache, v_cache   [num_blocks, Hkv, block_size, D]: within a block one head's tokens are adjacent,
+                       because attention walks over the tokens of one head
 
-Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention" (2023).
+Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention"
+(2023).
 """
 
 import numpy as np
@@ -28,7 +29,8 @@ def write_kv_numpy(k_cache, v_cache, qkv, slot_mapping, num_heads, num_kv_heads,
     first = num_heads * head_dim
     size = num_kv_heads * head_dim
     k_cache[blocks, :, offsets] = qkv[rows, first : first + size].reshape(-1, num_kv_heads, head_dim)
-    v_cache[blocks, :, offsets] = qkv[rows, first + size : first + 2 * size].reshape(-1, num_kv_heads, head_dim)
+    first += size
+    v_cache[blocks, :, offsets] = qkv[rows, first : first + size].reshape(-1, num_kv_heads, head_dim)
 
 
 @cpu_jit

@@ -1,7 +1,7 @@
 """The NumPy twins as a backend: slow and plain, the oracle that every other backend is tested against.
 
-`model.llama.bind(OPS)` gives the forward pass over them. `linear` and `embedding` take weights as the checkpoint has
-them, [outputs, inputs].
+`model.llama.bind(OPS)` gives the forward pass over them. `linear` and `embedding` take weights as the
+checkpoint has them, [outputs, inputs].
 """
 
 from tinyvllm.kernels.argmax import argmax_numpy

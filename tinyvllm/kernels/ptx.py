@@ -1,21 +1,25 @@
 """Inline PTX: the GPU instructions that Python has no word for, as functions for use inside CUDA kernels.
 
-PTX is NVIDIA's portable assembly. numba hands a kernel to the compiler as LLVM code, and LLVM lets one instruction be
-given as text with slots ($0, $1, ...) for its operands. `instruction` wraps such a text so that a kernel can call it:
+PTX is NVIDIA's portable assembly. numba hands a kernel to the compiler as LLVM code, and LLVM lets one
+instruction be given as text with slots ($0, $1, ...) for its operands. `instruction` wraps such a text so
+that a kernel can call it:
 
     exp2 = instruction("ex2.approx.ftz.f32 $0, $1;", "f32", "f32")       y = exp2(x)
 
-Types are named as PTX does: f32, u32, u64, u16. Several outputs come back as a tuple. `memory=True` says that the text
-reads or writes memory, so that the compiler does not move other accesses across it; `volatile=True` that it must run
-where it stands even if its result looks unused (barriers, and everything a whole warp does together).
+Types are named as PTX does: f32, u32, u64, u16. Several outputs come back as a tuple. `memory=True` says that
+the text reads or writes memory, so that the compiler does not move other accesses across it; `volatile=True`
+that it must run where it stands even if its result looks unused (barriers, and everything a whole warp does
+together).
 
 The instructions that matter here:
 
-    mma_m16n8k16     a warp multiplies a 16 x 16 by a 16 x 8 bf16 matrix on the tensor cores and adds a 16 x 8 float32 one
+    mma_m16n8k16     a warp multiplies a 16 x 16 by a 16 x 8 bf16 matrix on the tensor cores and adds a
+                     16 x 8 float32 one
     ldmatrix_x4      a warp loads four 8 x 8 bf16 matrices from shared memory in the layout that mma wants
-    cp_async_16      global to shared memory, 16 bytes a thread, in the background, without passing through registers
+    cp_async_16      global to shared memory, 16 bytes a thread, in the background, past the registers
 
-In all of them the 32 lanes of a warp hold one matrix together. With g = lane // 4 and q = lane % 4, a lane holds
+In all of them the 32 lanes of a warp hold one matrix together. With g = lane // 4 and q = lane % 4, a lane
+holds
 
     A (16 x 16)  four registers of two neighbours:  (g, 2q) (g + 8, 2q) (g, 2q + 8) (g + 8, 2q + 8)
     B (16 x 8)   two registers:                     (k = 2q, n = g) (k = 2q + 8, n = g)
@@ -28,12 +32,12 @@ import numpy as np
 
 from tinyvllm.kernels.cuda_support import cuda, device_function, simulated
 
-__all__ = ["widen_cuda", "narrow_cuda", "instruction", "mma_m16n8k16", "ldmatrix_x4", "ldmatrix_x4_transposed", "cp_async_16", "cp_async_commit",
-           "cp_async_wait", "load_16_bytes", "load_16_bytes_cached",
-           "load_u32", "load_i32", "load_u16", "store_u32", "store_u16", "store_f32",
+__all__ = ["widen_cuda", "narrow_cuda", "instruction", "mma_m16n8k16", "ldmatrix_x4",
+           "ldmatrix_x4_transposed", "cp_async_16", "cp_async_commit", "cp_async_wait", "load_16_bytes",
+           "load_16_bytes_cached", "load_u32", "load_i32", "load_u16", "store_u32", "store_u16", "store_f32",
            "load_f32", "load_shared_f32", "store_shared_f32", "low_bf16", "high_bf16", "pack_bf16", "exp2",
-           "divide", "maximum", "shuffle_xor", "thread_index", "lane_index", "block_index_x",
-           "block_index_y", "block_index_z", "dynamic_shared", "warp_barrier"]
+           "divide", "maximum", "shuffle_xor", "thread_index", "lane_index", "block_index_x", "block_index_y",
+           "block_index_z", "grid_size_x", "dynamic_shared", "warp_barrier"]
 
 INLINE = cuda is not None and not simulated()  # the simulator runs Python: it knows no PTX
 
@@ -43,25 +47,30 @@ if INLINE:
     from numba.cuda.extending import intrinsic
     from numba.cuda.typing import signature as typing_signature
 
-    _NUMBA = {"f32": types.float32, "u32": types.uint32, "i32": types.int32, "u64": types.uint64, "u16": types.uint16}
+    _NUMBA = {"f32": types.float32, "u32": types.uint32, "i32": types.int32, "u64": types.uint64,
+              "u16": types.uint16}
     _LLVM = {"f32": ir.FloatType(), "u32": ir.IntType(32), "i32": ir.IntType(32), "u64": ir.IntType(64),
              "u16": ir.IntType(16)}
-    _REGISTER = {"f32": "f", "u32": "r", "i32": "r", "u64": "l", "u16": "h"}  # LLVM's letters for register classes
+    # LLVM's letters for register classes
+    _REGISTER = {"f32": "f", "u32": "r", "i32": "r", "u64": "l", "u16": "h"}
 
 
 def instruction(text: str, outputs: str, inputs: str, *, volatile: bool = False, memory: bool = False,
                 tied: int = 0):
     """A function for CUDA kernels that emits `text`.
 
-    text: PTX with $0, $1, ... for the outputs and then the inputs; outputs, inputs: type names separated by spaces.
-    tied: the first so many inputs share registers with the outputs of the same place (accumulators). Arguments are
-    converted to the types named. Returns None where inline PTX cannot be used.
+    text: PTX with $0, $1, ... for the outputs and then the inputs; outputs, inputs: type names separated by
+    spaces. tied: the first so many inputs share registers with the outputs of the same place (accumulators).
+    Arguments are converted to the types named. Returns None where inline PTX cannot be used.
     """
     if not INLINE:
         return None
     outputs, inputs = outputs.split(), inputs.split()
     result = [_NUMBA[name] for name in outputs]
-    result = types.void if not result else result[0] if len(result) == 1 else types.UniTuple(result[0], len(result))
+    if len(result) > 1:
+        result = types.UniTuple(result[0], len(result))
+    else:
+        result = result[0] if result else types.void
     call_signature = typing_signature(result, *(_NUMBA[name] for name in inputs))
     constraints = [f"={_REGISTER[name]}" for name in outputs] + [str(i) for i in range(tied)]
     constraints += [_REGISTER[name] for name in inputs[tied:]] + (["~{memory}"] if memory else [])
@@ -88,7 +97,7 @@ def instruction(text: str, outputs: str, inputs: str, *, volatile: bool = False,
     return intrinsic(namespace["ptx_instruction"])
 
 
-# ---- bf16, for kernels of either kind: one instruction on the GPU, the arithmetic of bf16.py in the simulator ----
+# ---- bf16, for all kernels: an instruction on the GPU, the arithmetic of bf16.py in the simulator ----
 
 if INLINE:
     # One bfloat16 (uint16) as float32: the upper half of a register whose lower half is zero.
@@ -113,10 +122,11 @@ else:
 
 # d0..d3 = mma_m16n8k16(c0..c3, a0..a3, b0, b1)
 mma_m16n8k16 = instruction(
-    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$8,$9,$10,$11}, {$12,$13}, {$4,$5,$6,$7};",
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+    "{$0,$1,$2,$3}, {$8,$9,$10,$11}, {$12,$13}, {$4,$5,$6,$7};",
     "f32 f32 f32 f32", "f32 f32 f32 f32 u32 u32 u32 u32 u32 u32", tied=4)
-# Lane i gives the address of row i % 8 of matrix i // 8; matrix j comes back in register j, with row g and columns
-# 2q, 2q + 1 in lane 4g + q.
+# Lane i gives the address of row i % 8 of matrix i // 8; matrix j comes back in register j, with row g and
+# columns 2q, 2q + 1 in lane 4g + q.
 ldmatrix_x4 = instruction("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];",
                           "u32 u32 u32 u32", "u32", volatile=True, memory=True)
 ldmatrix_x4_transposed = instruction("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0,$1,$2,$3}, [$4];",
@@ -124,8 +134,10 @@ ldmatrix_x4_transposed = instruction("ldmatrix.sync.aligned.m8n8.x4.trans.shared
 
 # ---- asynchronous copies ----
 
-# cp_async_16(shared address, global address, bytes): copies `bytes` (0 or 16) and fills the rest of 16 with zeros.
-cp_async_16 = instruction("cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;", "", "u32 u64 u32", memory=True)
+# cp_async_16(shared address, global address, bytes): copies `bytes` (0 or 16) and fills the rest of 16 with
+# zeros.
+cp_async_16 = instruction("cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;", "", "u32 u64 u32",
+                          memory=True)
 cp_async_commit = instruction("cp.async.commit_group;", "", "", memory=True)
 
 
@@ -141,7 +153,8 @@ cp_async_wait = tuple(_cp_async_wait(pending) for pending in range(6))
 # Weights are read once: they pass the L1 cache by, and neighbours come along into L2.
 load_16_bytes = instruction("ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {$0,$1,$2,$3}, [$4];",
                             "u32 u32 u32 u32", "u64", volatile=True)
-load_16_bytes_cached = instruction("ld.global.v4.b32 {$0,$1,$2,$3}, [$4];", "u32 u32 u32 u32", "u64", memory=True)
+load_16_bytes_cached = instruction("ld.global.v4.b32 {$0,$1,$2,$3}, [$4];", "u32 u32 u32 u32", "u64",
+                                   memory=True)
 load_u32 = instruction("ld.global.b32 $0, [$1];", "u32", "u64", memory=True)
 load_i32 = instruction("ld.global.b32 $0, [$1];", "i32", "u64", memory=True)
 load_u16 = instruction("ld.global.b16 $0, [$1];", "u16", "u64", memory=True)
@@ -170,6 +183,7 @@ lane_index = instruction("mov.u32 $0, %laneid;", "u32", "")
 block_index_x = instruction("mov.u32 $0, %ctaid.x;", "u32", "")
 block_index_y = instruction("mov.u32 $0, %ctaid.y;", "u32", "")
 block_index_z = instruction("mov.u32 $0, %ctaid.z;", "u32", "")
+grid_size_x = instruction("mov.u32 $0, %nctaid.x;", "u32", "")
 warp_barrier = instruction("bar.warp.sync 0xffffffff;", "", "", volatile=True, memory=True)
 
 

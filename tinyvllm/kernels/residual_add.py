@@ -1,10 +1,9 @@
 """The residual stream: residual = bf16(residual + x), element by element.
 
-`forward` uses it fused into the norm that follows (add_rms_norm in rms_norm.py), which saves a pass over memory; here it
-stands alone. The sum is formed in float32 and rounded once, as adding two bf16 tensors does in the reference.
+`forward` uses it fused into the norm that follows (add_rms_norm in rms_norm.py), which saves a pass over
+memory; here it stands alone. The sum is formed in float32 and rounded once, as adding two bf16 tensors does
+in the reference.
 """
-
-import numpy as np
 
 from tinyvllm.kernels.bf16 import bf16_to_float32, float32_to_bf16, narrow, widen
 from tinyvllm.kernels.cuda_support import cuda, kernel, row_grid

@@ -2,32 +2,34 @@
 
     y = weight * x / sqrt(mean(x ** 2) + eps)
 
-LayerNorm without its mean and bias. Rounding points of the reference: the sum runs in float32, the normalised row is
-rounded to bf16 *before* the weight multiply, and the product is rounded again. Leave out the first rounding and one
-value in ten or so is one bf16 step off.
+LayerNorm without its mean and bias. Rounding points of the reference: the sum runs in float32, the normalised
+row is rounded to bf16 *before* the weight multiply, and the product is rounded again. Leave out the first
+rounding and one value in ten or so is one bf16 step off.
 
-`add_rms_norm` first adds x to the residual stream. The two are always neighbours in the model, and fused they read the
-residual once instead of twice.
+`add_rms_norm` first adds x to the residual stream. The two are always neighbours in the model, and fused they
+read the residual once instead of twice.
 
 On the GPU one block takes one row, and the sum of squares is a *parallel reduction*. Two are here:
 
-    tree    256 partial sums in shared memory, halved 8 times with a barrier between the halvings; also runs in the
-            simulator
-    shuffle each warp adds its 32 partial sums in registers (5 exchanges, no barrier), then warp 0 adds the warps';
+    tree    256 partial sums in shared memory, halved 8 times with a barrier between the halvings; also runs
+            in the simulator
+    shuffle each warp adds its 32 partial sums in registers (5 exchanges, no barrier), then warp 0 adds the
+    warps';
             the one in use
 
-Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); Harris, "Optimizing Parallel Reduction in
-CUDA" (NVIDIA, 2007) for the reductions.
+Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); Harris, "Optimizing Parallel
+Reduction in CUDA" (NVIDIA, 2007) for the reductions.
 """
 
 import math
 
 import numba
 import numpy as np
+from numba import prange
 
 from tinyvllm.kernels.bf16 import bf16_to_float32, float32_to_bf16, narrow, round_to_bf16, widen
 from tinyvllm.kernels.cuda_support import block_threads, cuda, device_function, kernel, simulated
-from tinyvllm.kernels.jit import cpu_jit
+from tinyvllm.kernels.jit import PARALLEL_ELEMENTS, cpu_helper, cpu_jit, thread_count
 from tinyvllm.kernels.ptx import narrow_cuda, widen_cuda
 from tinyvllm.kernels.residual_add import residual_add_cuda
 
@@ -54,8 +56,8 @@ def add_rms_norm_numpy(out, residual, x, weight, eps):
 # ---- CPU ----
 
 
-# "reassoc" lets the sum run in several vector lanes. Their number depends on H and the processor alone, so a row's
-# result is the same whatever the batch.
+# "reassoc" lets the sum run in several vector lanes. Their number depends on H and the processor alone, so a
+# row's result is the same whatever the batch.
 @numba.njit(fastmath={"contract", "reassoc"}, error_model="numpy", nogil=True)
 def _sum_of_squares(row):
     total = np.float32(0)
@@ -76,17 +78,29 @@ def rms_norm_cpu(out, x, weight, eps):
             out[t, i] = narrow(widen(weight[i]) * widen(narrow(widen(x[t, i]) * scale)))
 
 
-@cpu_jit
-def add_rms_norm_cpu(out, residual, x, weight, eps):
-    """As add_rms_norm_numpy."""
+@cpu_helper
+def _add_rms_norm_rows(out, residual, x, weight, eps, first, last):
     hidden = x.shape[1]
-    for t in range(x.shape[0]):
+    for t in range(first, last):
         for i in range(hidden):
             residual[t, i] = narrow(widen(residual[t, i]) + widen(x[t, i]))
         mean_square = _sum_of_squares(residual[t]) / np.float32(hidden)
         scale = np.float32(1) / np.sqrt(mean_square + np.float32(eps))
         for i in range(hidden):
             out[t, i] = narrow(widen(weight[i]) * widen(narrow(widen(residual[t, i]) * scale)))
+
+
+@cpu_jit(parallel=True)
+def add_rms_norm_cpu(out, residual, x, weight, eps):
+    """As add_rms_norm_numpy."""
+    num_tokens, num_threads = x.shape[0], thread_count()
+    if num_threads == 1 or x.size < PARALLEL_ELEMENTS:
+        _add_rms_norm_rows(out, residual, x, weight, eps, np.int64(0), num_tokens)
+    else:
+        for i in prange(num_threads):
+            thread = np.int64(i)
+            _add_rms_norm_rows(out, residual, x, weight, eps, num_tokens * thread // num_threads,
+                               num_tokens * (thread + 1) // num_threads)
 
 
 # ---- CUDA ----
@@ -130,7 +144,8 @@ def _rms_norm_tree_kernel(out, x, weight, eps):
 
 @device_function
 def _block_sum(value, partial):
-    """Sum of `value` over the block's threads, given to all of them; partial: float32 [32] of shared memory."""
+    """Sum of `value` over the block's threads, given to all of them; partial: float32 [32] of shared
+    memory."""
     lane, warp = cuda.threadIdx.x % 32, cuda.threadIdx.x // 32
     for offset in (16, 8, 4, 2, 1):  # after the last exchange every lane holds the warp's sum
         value += cuda.shfl_xor_sync(0xFFFFFFFF, value, offset)
@@ -138,7 +153,8 @@ def _block_sum(value, partial):
         partial[warp] = value
     cuda.syncthreads()
     value = partial[lane] if lane < cuda.blockDim.x // 32 else np.float32(0)
-    for offset in (16, 8, 4, 2, 1):  # every warp adds the warps' sums: no second barrier to hand the result round
+    # every warp adds the warps' sums: no second barrier to hand the result round
+    for offset in (16, 8, 4, 2, 1):
         value += cuda.shfl_xor_sync(0xFFFFFFFF, value, offset)
     return value
 
@@ -161,7 +177,8 @@ def _rms_norm_kernel(out, x, weight, eps):
 
 @kernel(max_threads=THREADS)
 def _add_rms_norm_kernel(out, residual, x, weight, eps):
-    """As above with x added to the residual first. A thread reads again only what it wrote itself: no barrier."""
+    """As above with x added to the residual first. A thread reads again only what it wrote itself: no
+    barrier."""
     partial = cuda.shared.array(32, np.float32)
     row, thread = cuda.blockIdx.x, cuda.threadIdx.x
     hidden = x.shape[1]

@@ -1,17 +1,19 @@
 """Rotary position embedding (RoPE): turn pairs of features by an angle that grows with the position.
 
-For a token at position p, pair i of a head is the point (x[i], x[i + D/2]), turned by the angle p * frequency[i]:
+For a token at position p, pair i of a head is the point (x[i], x[i + D/2]), turned by the angle p *
+frequency[i]:
 
     a = x1 * cos - x2 * sin        x1 = x[i]
     b = x2 * cos + x1 * sin        x2 = x[i + D/2]
 
-The dot product of a turned query and a turned key depends on the difference of their positions only, which is how
-attention sees distance. Pairs are half a head apart ("rotate-half", as in Hugging Face checkpoints), not neighbours as
-in the paper; the two differ by a permutation of features that the checkpoint's weights already contain.
+The dot product of a turned query and a turned key depends on the difference of their positions only, which is
+how attention sees distance. Pairs are half a head apart ("rotate-half", as in Hugging Face checkpoints), not
+neighbours as in the paper; the two differ by a permutation of features that the checkpoint's weights already
+contain.
 
-The angles come as a table of cosines and sines in bf16, one row a position, because the reference rounds them so. It
-also rounds each product before it adds: a = bf16(bf16(x1 * c) - bf16(x2 * s)). Queries and keys are turned in place in
-the joint projection's row [q heads | k heads | v heads]; values are left alone.
+The angles come as a table of cosines and sines in bf16, one row a position, because the reference rounds them
+so. It also rounds each product before it adds: a = bf16(bf16(x1 * c) - bf16(x2 * s)). Queries and keys are
+turned in place in the joint projection's row [q heads | k heads | v heads]; values are left alone.
 
 Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021).
 """

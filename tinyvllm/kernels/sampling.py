@@ -1,27 +1,29 @@
-"""Drawing the next token: temperature, top-k, top-p, and a draw that depends on (seed, position, token id) only.
+"""Drawing the next token: temperature, top-k, top-p, and a draw that depends on (seed, position, token id)
+only.
 
     1. temperature   z = logit / T          (T = 0: the largest logit, no draw)
     2. top-k         keep the k largest     (0: keep all); ids that tie with the k-th stay too
-    3. top-p         of the distribution softmax(z) over what is kept, keep the most likely ids until their mass
-                     reaches p; at least one stays, and ids that tie with the last one stay too
-    4. draw          argmax over kept ids of z + g,   g = -log(-log(u)),   u = Philox(seed; token id, position)
+    3. top-p         of the distribution softmax(z) over what is kept, keep the most likely ids until their
+                     mass reaches p; at least one stays, and ids that tie with the last one stay too
+    4. draw          argmax over kept ids of z + g,  g = -log(-log(u)),  u = Philox(seed; token id, position)
 
-Step 4 is the Gumbel-max trick: adding Gumbel noise to log-probabilities and taking the largest draws from the softmax,
-with no sum over the vocabulary and no search in a cumulative distribution.
+Step 4 is the Gumbel-max trick: adding Gumbel noise to log-probabilities and taking the largest draws from the
+softmax, with no sum over the vocabulary and no search in a cumulative distribution.
 
-No sort either. Flip the sign bit of a non-negative float and all bits of a negative one: the patterns now order as the
-numbers do. So "the k largest" is a threshold on 16-bit integers, and bf16 has few enough of them to count: the CPU
-fills a histogram over patterns, the GPU finds the threshold four bits at a time (radix select), as counts for top-k and
-as probability mass for top-p.
+No sort either. Flip the sign bit of a non-negative float and all bits of a negative one: the patterns now
+order as the numbers do. So "the k largest" is a threshold on 16-bit integers, and bf16 has few enough of them
+to count: the CPU fills a histogram over patterns, the GPU finds the threshold four bits at a time (radix
+select), as counts for top-k and as probability mass for top-p.
 
-All backends must draw the same token, so nothing here may depend on the order of a sum: probabilities are integers,
-floor(2**40 * exp(z - z_max)), and integer sums are exact; exp and log run in float64, whose last-bit differences
-between maths libraries are far below anything that could change a token.
+All backends must draw the same token, so nothing here may depend on the order of a sum: probabilities are
+integers, floor(2**40 * exp(z - z_max)), and integer sums are exact; exp and log run in float64, whose
+last-bit differences between maths libraries are far below anything that could change a token.
 
-NaN and -infinity are never kept. Where nothing is kept, or the largest logit is +infinity, the answer is the argmax.
+NaN and -infinity are never kept. Where nothing is kept, or the largest logit is +infinity, the answer is the
+argmax.
 
-Source: Holtzman et al., "The Curious Case of Neural Text Degeneration" (2019) for top-p; Maddison, Tarlow and Minka,
-"A* Sampling" (2014) for the Gumbel-max trick.
+Source: Holtzman et al., "The Curious Case of Neural Text Degeneration" (2019) for top-p; Maddison, Tarlow and
+Minka, "A* Sampling" (2014) for the Gumbel-max trick.
 """
 
 import math
@@ -54,8 +56,8 @@ def ordered_keys_numpy(bits):
 def sample_numpy(out_ids, logits, temperature, top_k, top_p, seed, position):
     """out_ids int32 [R] drawn from logits uint16 [R, V] (bf16 bits).
 
-    temperature: float32 [R], >= 0; top_k: int32 [R], 0 = off; top_p: float32 [R], >= 1 = off; seed: uint64 [R];
-    position: int64 [R], the position the drawn token will have.
+    temperature: float32 [R], >= 0; top_k: int32 [R], 0 = off; top_p: float32 [R], >= 1 = off; seed: uint64
+    [R]; position: int64 [R], the position the drawn token will have.
     """
     vocab_size = logits.shape[1]
     argmax_numpy(out_ids, logits)
@@ -180,8 +182,8 @@ def _ordered_key_cuda(bits):
 def _threshold(logits, row, lowest, target, by_mass, temperature, z_max, bins):
     """The largest key t such that the ids with key >= max(t, lowest) reach `target`: as a count, or as mass.
 
-    Radix select: four times, histogram the next four bits of those keys that agree with what is known so far, add up
-    from the top until the target is reached, and that bin is the next digit. bins: shared int64 [17].
+    Radix select: four times, histogram the next four bits of those keys that agree with what is known so far,
+    add up from the top until the target is reached, and that bin is the next digit. bins: shared int64 [17].
     """
     thread, threads = cuda.threadIdx.x, cuda.blockDim.x
     own = cuda.local.array(16, np.int64)
@@ -198,7 +200,8 @@ def _threshold(logits, row, lowest, target, by_mass, temperature, z_max, bins):
             if key >= lowest and (key >> (shift + 4)) == known:
                 weight = np.int64(1)
                 if by_mass:
-                    weight = np.int64(math.exp(np.float64(widen_cuda(logits[row, i])) / temperature - z_max) * ONE)
+                    z = np.float64(widen_cuda(logits[row, i])) / temperature
+                    weight = np.int64(math.exp(z - z_max) * ONE)
                 own[(key >> shift) & 15] += weight
         for j in range(16):  # each lane starts at another bin, so that a warp's atomics rarely collide
             k = (j + thread) & 15
@@ -233,7 +236,8 @@ def _total_mass(logits, row, lowest, temperature, z_max, bins):
 
 @kernel(max_threads=THREADS)
 def _sample_kernel(out_ids, logits, temperature, top_k, top_p, seed, position):
-    """One block a row, in the order of the docstring above. Every branch around a barrier is taken by whole blocks."""
+    """One block a row, in the order of the docstring above. Every branch around a barrier is taken by whole
+    blocks."""
     values = cuda.shared.array(THREADS, np.float64)
     indices = cuda.shared.array(THREADS, np.int32)
     bins = cuda.shared.array(17, np.int64)

@@ -2,15 +2,16 @@
 
     p[i] = exp(x[i] - m) / l        m = max(x),  l = sum(exp(x - m))
 
-Subtracting the maximum changes nothing in exact arithmetic and keeps exp from overflowing. The naive way walks over a
-row three times: for m, for l, for the division. The *online* way finds m and l in one walk, by keeping them right for
-the part of the row seen so far: when a larger maximum m' shows up, the old sum is worth exp(m - m') of its value.
+Subtracting the maximum changes nothing in exact arithmetic and keeps exp from overflowing. The naive way
+walks over a row three times: for m, for l, for the division. The *online* way finds m and l in one walk, by
+keeping them right for the part of the row seen so far: when a larger maximum m' shows up, the old sum is
+worth exp(m - m') of its value.
 
     m' = max(m, x)        l' = l * exp(m - m') + exp(x - m')
 
-The same rule merges two parts of a row, (m1, l1) and (m2, l2), in any order, and that is what lets attention walk over
-keys in tiles and never hold a whole row of scores (see attention/). The forward pass uses it there; the kernels here
-are for reading, float32 in and out, any number of columns.
+The same rule merges two parts of a row, (m1, l1) and (m2, l2), in any order, and that is what lets attention
+walk over keys in tiles and never hold a whole row of scores (see attention/). The forward pass uses it there;
+the kernels here are for reading, float32 in and out, any number of columns.
 
 A row that holds +infinity or NaN, or nothing but -infinity, gives NaN, as 0/0 and inf/inf do.
 
@@ -24,7 +25,8 @@ import numpy as np
 from tinyvllm.kernels.cuda_support import block_threads, cuda, device_function, kernel
 from tinyvllm.kernels.jit import cpu_jit
 
-__all__ = ["softmax_numpy", "softmax_naive_cpu", "softmax_online_cpu", "softmax_naive_cuda", "softmax_online_cuda"]
+__all__ = ["softmax_numpy", "softmax_naive_cpu", "softmax_online_cpu", "softmax_naive_cuda",
+           "softmax_online_cuda"]
 
 THREADS = 128  # a block, for one row
 
@@ -106,13 +108,15 @@ def _softmax_naive_kernel(out, x):
 
 @device_function
 def _weight(part, whole):
-    """What a sum taken against the maximum `part` is worth against `whole`; an empty part (-inf) is worth nothing."""
+    """What a sum taken against the maximum `part` is worth against `whole`; an empty part (-inf) is worth
+    nothing."""
     return np.float32(0) if part == np.float32(-np.inf) else np.float32(math.exp(part - whole))
 
 
 @kernel
 def _softmax_online_kernel(out, x):
-    """One block a row; each thread runs the online rule on its columns, then a tree merges the threads' pairs."""
+    """One block a row; each thread runs the online rule on its columns, then a tree merges the threads'
+    pairs."""
     maxima = cuda.shared.array(THREADS, np.float32)
     sums = cuda.shared.array(THREADS, np.float32)
     row, thread, threads = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x

@@ -1,15 +1,18 @@
 """How many threads the CPU kernels get, how they wait, and who may use them.
 
-Count: one for each physical core that this process may run on. The second hardware thread of a core shares its
-arithmetic units, which these kernels keep busy already. A container's CPU quota counts too. NUMBA_NUM_THREADS overrules.
+Count: one for each physical core that this process may run on. The second hardware thread of a core shares
+its arithmetic units, which these kernels keep busy already. A container's CPU quota counts too.
+NUMBA_NUM_THREADS overrules.
 
-Waiting: between two parallel loops a thread first spins, ready at once, then sleeps. GNU OpenMP would spin for
-milliseconds. That is right on an idle machine; on a busy one (a browser beside the notebook) the spinning thread holds
-the core on which the thread that it waits for would run, and steps take a hundred times as long. So: spin for some
-20 microseconds, longer than what lies between two operations. GOMP_SPINCOUNT and OMP_WAIT_POLICY overrule.
+Waiting: between two parallel loops a thread first spins, ready at once, then sleeps. GNU OpenMP would spin
+for milliseconds. That is right on an idle machine; on a busy one (a browser beside the notebook) the spinning
+thread holds the core on which the thread that it waits for would run, and steps take a hundred times as long.
+So: spin for some 20 microseconds, longer than what lies between two operations. GOMP_SPINCOUNT and
+OMP_WAIT_POLICY overrule.
 
-Who: numba's fallback pool, "workqueue", ends the process when two Python threads use it at once. `KERNEL_LOCK` is held
-around each forward pass, whatever the pool: two passes at once would only take each other's cores.
+Who: numba's fallback pool, "workqueue", ends the process when two Python threads use it at once.
+`KERNEL_LOCK` is held around each forward pass and around packing, whatever the pool: two passes at once would
+only take each other's cores.
 """
 
 import os

@@ -14,8 +14,8 @@ PRONOUNS = {
 class Character:
     """Somebody in the story. `noun` or `name` may be missing, not both; `gender` is "he" or "she".
 
-    Forms: "" (a reference: the full introduction at first mention), intro, a, call (what a friend says to them),
-    went (a verb of motion), he, him, his, himself.
+    Forms: "" (a reference: the full introduction at first mention), intro, a, call (what a friend says to
+    them), went (a verb of motion), he, him, his, himself.
     """
 
     noun: str | None

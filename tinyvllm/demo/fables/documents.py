@@ -1,8 +1,8 @@
 """Documents of the training text: chats of all kinds, and stories as plain text.
 
-    rng = random.Random(7)
-    for _ in range(3):
-        print(document(rng))
+rng = random.Random(7)
+for _ in range(3):
+    print(document(rng))
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,10 @@ from tinyvllm.demo.fables.story import Story, held_out, pick, tell
 from tinyvllm.demo.fables.tasks import repeat, small_task
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
-# Shares of documents. "again" retells a story word by word or with one thing changed, as chat and as plain text:
-# it keeps the copying heads awake in stories, not only in copy tasks.
-MIX = {"story": 0.36, "talk": 0.2, "again": 0.09, "continue": 0.05, "read": 0.06, "plain": 0.04, "repeat": 0.1,
+# Shares of documents. "again" retells a story word by word or with one thing changed, as chat and as plain
+# text: it keeps the copying heads awake in stories, not only in copy tasks.
+MIX = {"story": 0.36, "talk": 0.2, "again": 0.09, "continue": 0.05, "read": 0.06, "plain": 0.04,
+    "repeat": 0.1,
        "small": 0.04, "chatter": 0.06}  # fmt: skip
 
 
@@ -34,7 +35,11 @@ class Document:
 
 def chat(turns: list[tuple[str, str]]) -> list[Message]:
     """[(user, assistant), ...] as messages."""
-    return [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
+    return [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
 
 
 def tell_for(rng, asked: Request) -> Story:
@@ -64,13 +69,24 @@ def _talk(rng) -> list[tuple[str, str]]:
         if draw < 0.08:  # "Shall I tell you a story about a zorb?" - "Yes, please."
             turns += unknown(rng)
             hero, phrase = asked_hero(rng, rng.random() < 0.6)
-            turns[-1] = (turns[-1][0], f"I only know fables, I am afraid. Shall I tell you a story about {phrase}?")
-            turns.append((pick(rng, ("Yes, please.", "Yes", "yes please", "Please do.", "Sure", "Okay")), tell(rng, hero=hero).text))
+            turns[-1] = (
+                turns[-1][0],
+                f"I only know fables, I am afraid. Shall I tell you a story about {phrase}?",
+            )
+            turns.append(
+                (
+                    pick(rng, ("Yes, please.", "Yes", "yes please", "Please do.", "Sure", "Okay")),
+                    tell(rng, hero=hero).text,
+                )
+            )
         elif draw < 0.78:
             story, turn = _story_turn(rng)
             turns.append(turn)
             if turns[:-1] and rng.random() < 0.15:
-                another = pick(rng, ("Another one, please.", "Tell me another one.", "One more!", "Another story", "Again!"))
+                another = pick(
+                    rng,
+                    ("Another one, please.", "Tell me another one.", "One more!", "Another story", "Again!"),
+                )
                 turns[-1] = (another, _fresh(rng).text)
                 continue
             turns += questions(rng, story, int(rng.random() * 4.5))
@@ -95,11 +111,23 @@ def _again(rng) -> Document:
     story = tell_for(dice, asked)
     turns = [(asked.text, story.text)]
     if rng.random() < 0.35 or asked.hero is None:
-        again = pick(rng, ("Tell it again, please.", "Tell me that story again.", "Once more, word for word.", "Repeat the story."))
+        again = pick(
+            rng,
+            (
+                "Tell it again, please.",
+                "Tell me that story again.",
+                "Once more, word for word.",
+                "Repeat the story.",
+            ),
+        )
         return Document("again", chat([*turns, (again, story.text)]))
     while True:
         hero, phrase = asked_hero(rng, rng.random() < 0.5)
-        if not held_out(hero.noun, story.thing.noun) and hero.noun not in (story.hero.noun, story.friend.noun, story.troubled.noun):
+        if not held_out(hero.noun, story.thing.noun) and hero.noun not in (
+            story.hero.noun,
+            story.friend.noun,
+            story.troubled.noun,
+        ):
             break
     dice.setstate(state)
     if asked.thing:
@@ -107,14 +135,24 @@ def _again(rng) -> Document:
     if friend := asked.tell.get("friend"):
         friend.met = False
     other = tell(dice, hero=hero, thing=asked.thing, taste=story.taste, **asked.tell)
-    change = pick(rng, ("Tell it again, but with {}.", "Now the same with {}.", "Tell it again with {} instead.", "Again, with {}."))
+    change = pick(
+        rng,
+        (
+            "Tell it again, but with {}.",
+            "Now the same with {}.",
+            "Tell it again with {} instead.",
+            "Again, with {}.",
+        ),
+    )
     return Document("again", chat([*turns, (change.format(phrase), other.text)]))
 
 
 def _continue(rng) -> list[tuple[str, str]]:
     beats = _fresh(rng).beats
     cut = 1 + int(rng.random() * max(1, len(beats) - 3))
-    start = pick(rng, ("Continue this story: ", "Finish the story: ", "What happens next? ", "Go on: ", "Continue: "))
+    start = pick(
+        rng, ("Continue this story: ", "Finish the story: ", "What happens next? ", "Go on: ", "Continue: ")
+    )
     return [(start + " ".join(beats[:cut]), " ".join(beats[cut:]))]
 
 
@@ -145,7 +183,12 @@ def document(rng, kind: str | None = None) -> Document:
     elif kind == "small":
         made = Document(kind, chat([turn for _ in range(pick(rng, (1, 2, 3))) for turn in small_task(rng)]))
     else:
-        made = Document(kind, chat([t for _ in range(pick(rng, (1, 1, 2))) for t in pick(rng, (greeting, unknown, unknown))(rng)]))
+        made = Document(
+            kind,
+            chat(
+                [t for _ in range(pick(rng, (1, 1, 2))) for t in pick(rng, (greeting, unknown, unknown))(rng)]
+            ),
+        )
     if made.messages and rng.random() < 0.12:
         made.messages.insert(0, {"role": "system", "content": pick(rng, SYSTEM)})
     return made

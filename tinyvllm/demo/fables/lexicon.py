@@ -28,7 +28,9 @@ GAITS = {
 # Who can fall into wells, climb trees and get stuck in the mud without a raised eyebrow.
 EARTHBOUND = ("scurry", "plod", "hop", "trot", "pad", "walk")
 
-_VOWEL_SOUND = re.compile(r"^(?:[aeio]|u(?!ni[^n]|s[eu]|k|t[eo]|r[aei]n)|ho(?:ur|nest|nor)|heir)", re.IGNORECASE)
+_VOWEL_SOUND = re.compile(
+    r"^(?:[aeio]|u(?!ni[^n]|s[eu]|k|t[eo]|r[aei]n)|ho(?:ur|nest|nor)|heir)", re.IGNORECASE
+)
 
 
 def a_or_an(noun_phrase: str) -> str:
@@ -68,7 +70,9 @@ def read_list(path: Path) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that can go wrong: templates over the roles v (in trouble), k (helper), w (fails), o (object)."""
+    """One thing that can go wrong: templates over the roles v (in trouble), k (helper), w (fails), o
+    (object).
+    """
 
     use: str  # the family of objects that mend it
     short: str
@@ -99,7 +103,9 @@ def read_problems(folder: Path) -> dict[str, list[Problem]]:
 
 @dataclass(frozen=True)
 class Plot:
-    """A row of beats (templates) under a theme; `cast` says who plays the problem's roles (see plots/1_*.txt)."""
+    """A row of beats (templates) under a theme; `cast` says who plays the problem's roles (see
+    plots/1_*.txt).
+    """
 
     theme: str
     title: str
@@ -118,7 +124,9 @@ def read_plots(folder: Path) -> list[Plot]:
                 head, _, options = line[2:].partition("|")
                 theme, title = (part.strip() for part in head.split(":"))
                 words = options.split()
-                cast = {"k": "h", "v": "v", "w": "f", "o": "o"} | dict(w.split("=") for w in words if "=" in w)
+                cast = {"k": "h", "v": "v", "w": "f", "o": "o"} | dict(
+                    w.split("=") for w in words if "=" in w
+                )
                 plots.append(Plot(theme, title, (), cast, "found" in words, "kept" in words))
             else:
                 last = plots[-1]
@@ -130,7 +138,9 @@ def read_plots(folder: Path) -> list[Plot]:
 
 @dataclass(frozen=True)
 class Weather:
-    """One kind of sky: sentences for the start, middle and end, a clause for "when ...", and the answer to "what?"."""
+    """One kind of sky: sentences for the start, middle and end, a clause for "when ...", and the answer to
+    "what?".
+    """
 
     name: str
     start: list[str]

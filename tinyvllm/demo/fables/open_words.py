@@ -1,6 +1,6 @@
-"""Words that no list holds. A model copies what it is asked for only if it cannot learn the answers by heart, so
-heroes, objects and names come from very many random strings as well: syllables, words that look like English,
-blends of two words, bare letters, and now and then capitals, digits and accents.
+"""Words that no list holds. A model copies what it is asked for only if it cannot learn the answers by heart,
+so heroes, objects and names come from very many random strings as well: syllables, words that look like
+English, blends of two words, bare letters, and now and then capitals, digits and accents.
 """
 
 from functools import lru_cache
@@ -10,13 +10,30 @@ from tinyvllm.demo.fables import lexicon
 _ONSETS = ("b c d f g h j k l m n p r s t v w z b d f g k l m n p r s t bl br ch cl cr dr fl fr gl gr kn ph pl pr qu sc "
            "sh sk sl sm sn sp st str sw th thr tr tw wh x y").split()  # fmt: skip
 _NUCLEI = "a e i o u a e i o u ai au ea ee ei ie io oa oo ou ue y ia eo uo".split()
-_CODAS = ("", "", "", "", "b", "ck", "d", "f", "g", "l", "ll", "lt", "m", "mp", "n", "nd", "ng", "nk", "nt", "p", "r", "rd",
+_CODAS = ("", "", "", "", "b", "ck", "d", "f", "g", "l", "ll", "lt", "m", "mp", "n", "nd", "ng", "nk", "nt",
+    "p", "r", "rd",
           "rk", "rm", "rn", "rt", "s", "sh", "sk", "ss", "st", "t", "th", "ve", "x", "z")  # fmt: skip
-_ENDINGS = ("er", "or", "ist", "ian", "ling", "let", "ette", "ine", "ium", "ing", "ment", "ness", "ful", "ard", "oid",
-            "phone", "scope", "graph", "meter", "board", "man", "bot", "saur", "mobile", "cycle", "ator", "ology",
+_ENDINGS = ("er", "or", "ist", "ian", "ling", "let", "ette", "ine", "ium", "ing", "ment", "ness", "ful",
+    "ard", "oid",
+            "phone", "scope", "graph", "meter", "board", "man", "bot", "saur", "mobile", "cycle", "ator",
+            "ology",
             "ant", "ent", "able", "ess", "ola", "ade", "age", "ique", "tron")  # fmt: skip
 _ACCENTED = "áàâäãåéèêëíìîïóòôöõøúùûüñçßæœšžčřłğışßβλπжияюд"
-_TITLES = ("Mr.", "Mrs.", "Miss", "Doctor", "Captain", "Master", "King", "Queen", "Sir", "Lady", "Aunt", "Old", "Big")
+_TITLES = (
+    "Mr.",
+    "Mrs.",
+    "Miss",
+    "Doctor",
+    "Captain",
+    "Master",
+    "King",
+    "Queen",
+    "Sir",
+    "Lady",
+    "Aunt",
+    "Old",
+    "Big",
+)
 
 
 @lru_cache(maxsize=1)
@@ -38,7 +55,9 @@ def _real_words() -> list[str]:
 
 @lru_cache(maxsize=1)
 def _followers() -> dict[str, str]:
-    """Which letters follow each pair of letters in real words (an order-2 Markov chain; "^" starts, "$" ends)."""
+    """Which letters follow each pair of letters in real words (an order-2 Markov chain; "^" starts, "$"
+    ends).
+    """
     table: dict[str, str] = {}
     for word in _real_words():
         marked = f"^^{word}$"
@@ -111,7 +130,9 @@ def open_word(rng) -> str:
 
 
 def open_noun(rng) -> str:
-    """A noun phrase without an article: mostly one open word, sometimes two, hyphenated, or with an adjective."""
+    """A noun phrase without an article: mostly one open word, sometimes two, hyphenated, or with an
+    adjective.
+    """
     draw = rng.random()
     if draw < 0.66:
         return open_word(rng)
@@ -146,5 +167,7 @@ def open_name(rng) -> str:
     if draw < 0.16:
         return f"{rng.choice(('O', 'D', 'Mc', 'Mac'))}{rng.choice((chr(39), ''))}{name}"
     if draw < 0.19:
-        return "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789") for _ in range(2 + int(rng.random() * 4)))
+        return "".join(
+            rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789") for _ in range(2 + int(rng.random() * 4))
+        )
     return name

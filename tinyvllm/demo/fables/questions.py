@@ -12,9 +12,11 @@ def _scene(story: Story) -> dict[str, str]:
     noun = hero.noun or hero.name
     return {
         "h": hero.definite(), "hn": f"the {hero.noun}" if hero.noun else hero.name, "noun": noun,
-        "ha": with_article(hero.noun) if hero.noun else hero.name, "name": hero.name or "", "o": f"the {thing.noun}",
+        "ha": with_article(hero.noun) if hero.noun else hero.name, "name": hero.name or "",
+        "o": f"the {thing.noun}",
         "oa": thing.indefinite(), "tool": f"the {story.helper_thing.noun}", "place": story.place,
-        "v": story.troubled.definite(), "k": story.helper.definite(), "trouble": story.trouble, "moral": story.moral,
+        "v": story.troubled.definite(), "k": story.helper.definite(), "trouble": story.trouble,
+        "moral": story.moral,
         "trait": hero.adjective, "was": "were" if thing.plural else "was", "weather": story.weather_answer,
         "twas": "were" if story.helper_thing.plural else "was", "it": "them" if thing.plural else "it",
     }  # fmt: skip
@@ -24,7 +26,8 @@ _ALWAYS = [
     ("Who found {o}?", "{H} found {o}."), ("What did {h} find?", "{H} found {oa}."),
     ("What did {hn} find?", "{H} found {oa}."), ("Where {was} {o}?", "{O} {was} {place}."),
     ("Where did {h} find {o}?", "{H} found {it} {place}."), ("Who needed help?", "{V} needed help."),
-    ("Who was in trouble?", "{V} was in trouble."), ("Who helped?", "{K} helped."), ("Who helped {v}?", "{K} helped {v}."),
+    ("Who was in trouble?", "{V} was in trouble."), ("Who helped?", "{K} helped."),
+    ("Who helped {v}?", "{K} helped {v}."),
     ("What went wrong?", "{Trouble}."), ("What was the problem?", "{Trouble}."),
     ("[What is the moral?|What is the moral of the story?|What do we learn?|What is the lesson?]", "{Moral}"),
     ("What helped {v}?", "{Tool} {twas} what helped {v}."), ("What did {k} use?", "{K} used {tool}."),
@@ -42,7 +45,10 @@ def questions(rng, story: Story, count: int) -> list[Turn]:
     options = list(_ALWAYS)
     if story.hero.name and story.hero.noun:
         scene["who"] = "It is about {ha} named {name}."
-        options += [("What was the name of {hn}?", "{Hn} was named {name}."), ("Who is {name}?", "{name} is {ha}.")]
+        options += [
+            ("What was the name of {hn}?", "{Hn} was named {name}."),
+            ("Who is {name}?", "{name} is {ha}."),
+        ]
     else:
         scene["who"] = "It is about {ha}."
     scene["who"] = render(scene["who"], scene, rng)
@@ -51,12 +57,16 @@ def questions(rng, story: Story, count: int) -> list[Turn]:
     other_thing, other_hero = pick(rng, OBJECTS), pick(rng, HEROES)
     if other_thing != story.thing.noun:
         scene["x"] = with_article(other_thing)
-        options.append(("Did {h} find {x}?", "No, {h} found {oa}."))
-        options.append(("Did {h} find {oa}?", "Yes, {h} found {oa}."))
+        options += 2 * [
+            ("Did {h} find {x}?", "No, {h} found {oa}."),
+            ("Did {h} find {oa}?", "Yes, {h} found {oa}."),
+        ]
     if other_hero not in (story.hero.noun, story.friend.noun, story.troubled.noun):
         scene["y"] = with_article(other_hero)
-        options.append(("Is the story about {y}?", "No, it is about {ha}."))
-        options.append(("Is the story about {ha}?", "Yes, it is about {ha}."))
+        options += 2 * [
+            ("Is the story about {y}?", "No, it is about {ha}."),
+            ("Is the story about {ha}?", "Yes, it is about {ha}."),
+        ]
     asked = []
     for _ in range(count):
         question, answer = options.pop(int(rng.random() * len(options)))

@@ -10,10 +10,30 @@ from tinyvllm.demo.fables.cast import Character, Thing
 from tinyvllm.demo.fables.lexicon import DRAWN_HEROES, HEROES, NAMES, OBJECTS, PLACES, THEMES, with_article
 from tinyvllm.demo.fables.open_words import open_adjective, open_name, open_noun, open_word
 from tinyvllm.demo.fables.phrases import (
-    AFTER, ASKS, BEFORE, BOTH, CLAUSES, FINDS, HERO_ONLY, NEITHER, THING_ONLY,
+    AFTER,
+    ASKS,
+    BEFORE,
+    BOTH,
+    BOTH_SENTENCES,
+    CLAUSES,
+    FINDS,
+    HERO_ONLY,
+    HERO_SENTENCES,
+    LOOSE_ASKS,
+    NEITHER,
+    SUBJECTS,
+    THING_ONLY,
+    THING_SENTENCES,
+    VERBS,
+    WHEN,
 )  # fmt: skip
 from tinyvllm.demo.fables.story import cast_character, cast_thing, held_out, pick
 from tinyvllm.demo.fables.template import capital, render
+
+LOOSE_SHARE = 0.3
+COMMON_WORDS = ("hero story main thing person idea character role picture animal wish word toy subject guest topic plan book "
+                "whole nice other new little best one day time way part line name first last").split()  # fmt: skip
+
 
 @dataclass
 class Request:
@@ -33,10 +53,16 @@ def asked_hero(rng, is_open: bool) -> tuple[Character, str]:
         noun = pick(rng, OBJECTS) if swapped else open_noun(rng)
     else:
         noun = pick(rng, DRAWN_HEROES)
-    name = open_name(rng) if rng.random() < (0.6 if is_open else 0.15) else pick(rng, NAMES[pick(rng, ("he", "she"))])
+    name = (
+        open_name(rng)
+        if rng.random() < (0.6 if is_open else 0.15)
+        else pick(rng, NAMES[pick(rng, ("he", "she"))])
+    )
     if is_open and rng.random() < 0.35:  # only one of the two has to be new
         noun = pick(rng, DRAWN_HEROES) if rng.random() < 0.5 else noun
-    adjective = open_adjective(rng) if is_open and rng.random() < 0.3 else pick(rng, lexicon.ADJECTIVES["good"])
+    adjective = (
+        open_adjective(rng) if is_open and rng.random() < 0.3 else pick(rng, lexicon.ADJECTIVES["good"])
+    )
     draw = rng.random()
     if draw < 0.5:
         hero = cast_character(rng, noun, named=0.35)
@@ -55,7 +81,9 @@ def asked_hero(rng, is_open: bool) -> tuple[Character, str]:
 
 
 def asked_thing(rng, is_open: bool) -> tuple[Thing, str]:
-    """An object somebody may ask for, and the phrase that asks: "a key", "an old key", "some marbles", "her key"."""
+    """An object somebody may ask for, and the phrase that asks: "a key", "an old key", "some marbles", "her
+    key".
+    """
     if is_open:
         noun = pick(rng, HEROES) if rng.random() < 0.08 else open_noun(rng)
         plural = rng.random() < 0.08
@@ -79,7 +107,9 @@ def asked_place(rng) -> str:
     """A place: mostly one of the list, else an invented one ("near the zorble", "in Quambia")."""
     if rng.random() < 0.7:
         return pick(rng, PLACES)
-    start = pick(rng, ("in the", "near the", "under the", "behind the", "on the", "at the", "beside the", "in"))
+    start = pick(
+        rng, ("in the", "near the", "under the", "behind the", "on the", "at the", "beside the", "in")
+    )
     return f"{start} {open_noun(rng) if start != 'in' else open_word(rng).capitalize()}"
 
 
@@ -99,19 +129,33 @@ def request(rng, open_share: float = 0.45) -> Request:
     way = pick(rng, ("found",) * 7 + ("given", "bought", "made"))
     ask = render(pick(rng, ASKS), {}, rng)
     draw = rng.random()
-    patterns = BOTH if draw < 0.72 or is_open else HERO_ONLY if draw < 0.85 else THING_ONLY if draw < 0.93 else NEITHER
+    patterns = (
+        BOTH
+        if draw < 0.72 or is_open
+        else HERO_ONLY
+        if draw < 0.85
+        else THING_ONLY
+        if draw < 0.93
+        else NEITHER
+    )
     if is_open and draw < 0.12:
         patterns = HERO_ONLY if which < 0.75 else THING_ONLY
-    pattern = pick(rng, patterns)
+    pattern = _loose(rng) if patterns is BOTH and rng.random() < LOOSE_SHARE else pick(rng, patterns)
     if "{f}" in pattern and (friend.noun == hero.noun or (friend.name and friend.name == hero.name)):
         return request(rng, open_share)
     scene = {
         "ask": ask.rstrip("?"), "h": hero_phrase, "o": thing_phrase, "n": thing.noun, "f": friend_phrase,
         "theme": theme, "place": place, "finds": lambda dice: render(FINDS[way], {}, dice),
         "clause": lambda dice: render(pick(dice, CLAUSES), {"w": open_word, "x": open_name}, dice),
-        "w": open_word, "x": open_name,
+        "w": lambda dice: open_word(dice) if dice.random() < 0.4 else pick(dice, COMMON_WORDS),
+        "x": open_name,
+        "v": lambda dice: open_word(dice) if dice.random() < 0.15 else pick(dice, VERBS),
+        "s": lambda dice: open_name(dice) if dice.random() < 0.1 else pick(dice, SUBJECTS),
+        "t": lambda dice: pick(dice, WHEN),
     }  # fmt: skip
-    text = _finish(rng, render(pattern, scene, rng), "?" if "?" in ask else "." if "{ask}" in pattern else "", scene)
+    text = _finish(
+        rng, render(pattern, scene, rng), "?" if "?" in ask else "." if "{ask}" in pattern else "", scene
+    )
     arguments: dict = {"length": "short" if "short" in text or "little" in text else "normal"}
     if "{place}" in pattern:
         arguments["place"] = place
@@ -127,8 +171,19 @@ def request(rng, open_share: float = 0.45) -> Request:
     return Request(text, hero if asks_hero else None, thing if asks_thing else None, arguments, is_open)
 
 
+def _loose(rng) -> str:
+    """A pattern of sentences: the hero, the object, and an ask before or after them."""
+    if rng.random() < 0.5:
+        middle = pick(rng, BOTH_SENTENCES)
+    else:
+        middle = f"{pick(rng, HERO_SENTENCES)} {pick(rng, THING_SENTENCES)}"
+    ask = pick(rng, LOOSE_ASKS)
+    return f"{ask} {middle}" if rng.random() < 0.3 else f"{middle} {ask}"
+
+
 def _finish(rng, text: str, mark: str, scene: dict) -> str:
     """Punctuate a request and, now and then, put words around it or write it carelessly."""
+    text = text.replace(",.", ".").replace(",!", "!")
     if text[-1] not in ".?!":
         text += mark if rng.random() < 0.85 else ""
     draw = rng.random()
@@ -137,7 +192,7 @@ def _finish(rng, text: str, mark: str, scene: dict) -> str:
     text = capital(text)
     if draw < 0.12 and "?" not in text:
         return text.rstrip(".") + ", please."
-    if draw < 0.14:
+    if draw < 0.14 and text[-1] not in "?!":
         return text.rstrip(".") + "!"
     if draw < 0.26:
         return f"{render(pick(rng, BEFORE), scene, rng)} {text}"

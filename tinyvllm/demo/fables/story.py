@@ -1,4 +1,5 @@
-"""One fable: casts its roles, picks a plot, a problem and the weather that fit, and renders the beats in order.
+"""One fable: casts its roles, picks a plot, a problem and the weather that fit, and renders the beats in
+order.
 
 What is found early is used late: the object's use picks the problem, and the ending takes up the object, the
 place, the friend or the weather that came before.
@@ -10,8 +11,27 @@ from dataclasses import dataclass
 
 from tinyvllm.demo.fables.cast import Character, Place, Sky, Thing
 from tinyvllm.demo.fables.lexicon import (
-    ADJECTIVES, DRAWN_HEROES, GAIT_OF, GENDER_OF_NAME, HE, MORALS, NAMES, OBJECTS, PLACES, PLOTS, PLOTS_OF, PLURAL, POOLS,
-    PROBLEMS, SHE, TIMES, USE_OF, VICTIMS, WEATHER, Plot, Problem,
+    ADJECTIVES,
+    DRAWN_HEROES,
+    GAIT_OF,
+    GENDER_OF_NAME,
+    HE,
+    MORALS,
+    NAMES,
+    OBJECTS,
+    PLACES,
+    PLOTS,
+    PLOTS_OF,
+    PLURAL,
+    POOLS,
+    PROBLEMS,
+    SHE,
+    TIMES,
+    USE_OF,
+    VICTIMS,
+    WEATHER,
+    Plot,
+    Problem,
 )  # fmt: skip
 from tinyvllm.demo.fables.taste import Taste, pick
 from tinyvllm.demo.fables.template import capital, render
@@ -21,8 +41,10 @@ CONSUMED = {"food", "gold", "any", "heal"}
 NEUTRAL_WEATHER = ("sun", "breeze", "clouds", "leaves", "spring")
 _CLASHES = {  # times of the year or day that a kind of weather cannot go with
     "snow": "spring|summer|autumn|May|harvest|longest", "frost": "spring|summer|autumn|May|harvest|longest",
-    "heat": "winter|autumn|spring|evening|when the year", "spring": "winter|summer|autumn|harvest|longest|evening",
-    "leaves": "winter|summer|spring|May|longest|when the year", "moon": "morning|afternoon|day|Monday|Sunday|harvest|May",
+    "heat": "winter|autumn|spring|evening|when the year",
+    "spring": "winter|summer|autumn|harvest|longest|evening",
+    "leaves": "winter|summer|spring|May|longest|when the year",
+    "moon": "morning|afternoon|day|Monday|Sunday|harvest|May",
     "sun": "evening", "mist": "evening",
 }  # fmt: skip
 _OPTIONAL = {"{@wonder}": 0.25, "{@tension}": 0.35, "{@thanks}": 0.2, "{@take}": 0.25}
@@ -31,7 +53,9 @@ _FRIENDS, _TROUBLED = sorted(set(VICTIMS))[0::2], sorted(set(VICTIMS))[1::2]
 
 
 def held_out(hero: str, thing: str) -> bool:
-    """Whether this pair of nouns is kept out of training (one pair in twenty), so that it can be asked for in tests."""
+    """Whether this pair of nouns is kept out of training (one pair in twenty), so that it can be asked for in
+    tests.
+    """
     return zlib.crc32(f"{hero}+{thing}".encode()) % 20 == 0
 
 
@@ -59,13 +83,21 @@ class Story:
 
 
 def gender_of(noun: str | None, name: str | None, rng) -> str:
-    """"he" or "she": by name, else by noun, else by the toss of a coin."""
+    """ "he" or "she": by name, else by noun, else by the toss of a coin."""
     coin = "he" if rng.random() < 0.5 else "she"
     return GENDER_OF_NAME.get(name) or ("he" if noun in HE else "she" if noun in SHE else coin)
 
 
 def cast_character(
-    rng, noun=None, name=None, adjective=None, named=0.5, nouns=DRAWN_HEROES, flaw=0.2, taste=None, part="hero"
+    rng,
+    noun=None,
+    name=None,
+    adjective=None,
+    named=0.5,
+    nouns=DRAWN_HEROES,
+    flaw=0.2,
+    taste=None,
+    part="hero",
 ) -> Character:
     """A character with what is given, and the rest drawn: `named` is the chance of a name, `flaw` of a flaw.
 
@@ -97,8 +129,10 @@ def cast_thing(rng, noun=None, adjective=None, plural=None) -> Thing:
     return Thing(noun, adjective, (noun in PLURAL) if plural is None else plural, USE_OF.get(noun, "any"))
 
 
-def _pick_plot(rng, taste: Taste, theme: str | None, way: str) -> Plot:
+def _pick_plot(rng, taste: Taste, theme: str | None, way: str, wants_place: bool) -> Plot:
     plots = PLOTS_OF[theme] if theme else PLOTS
+    if wants_place:
+        plots = [p for p in plots if any("{@get}" in beat or "{place}" in beat.lower() for beat in p.beats)]
     if way != "found":  # a bought or given object needs a plot that lets the hero come by it in that way
         plots = [p for p in plots if not p.found_only and "{@get}" in p.beats] or plots
     return taste(rng, "plot", plots)
@@ -132,15 +166,19 @@ def tell(
     place: str | None = None, theme: str | None = None, way: str = "found", length: str = "normal",
     taste: Taste | None = None,
 ) -> Story:  # fmt: skip
-    """Tell one story. What is not given is drawn; `way` is found, given, bought or made; `length` short or normal.
+    """Tell one story. What is not given is drawn; `way` is found, given, bought or made; `length` short or
+    normal.
 
-    Everything is drawn from `rng` in the same order whoever the hero is, so the same state and the first telling's
-    `taste` tell the same story with another hero.
+    Everything is drawn from `rng` in the same order whoever the hero is, so the same state and the first
+    telling's `taste` tell the same story with another hero.
     """
     drawn_hero = cast_character(rng)
     drawn_thing = cast_thing(rng)
     while not (hero and thing) and held_out((hero or drawn_hero).noun, (thing or drawn_thing).noun):
-        drawn_hero, drawn_thing = cast_character(rng), cast_thing(rng)  # what is drawn is never a held-out pair
+        drawn_hero, drawn_thing = (
+            cast_character(rng),
+            cast_thing(rng),
+        )  # what is drawn is never a held-out pair
     hero, thing = hero or drawn_hero, thing or drawn_thing
     taste = taste or Taste(hero.noun or hero.name, thing.noun)
     troubled_noun = taste(rng, "troubled", [n for n in _TROUBLED if n != hero.noun])
@@ -153,7 +191,7 @@ def tell(
             character.name = None
     if friend.name and friend.name == hero.name:
         (friend if friend.noun else hero).name = None
-    plot = _pick_plot(rng, taste, theme, way)
+    plot = _pick_plot(rng, taste, theme, way, place is not None)
     use = pick(rng, [u for u in PROBLEMS if u not in (thing.use, "any")])
     second = Thing(pick(rng, [o for o in OBJECTS if USE_OF[o] == use]))
     second.use, second.plural = USE_OF[second.noun], second.noun in PLURAL
@@ -175,10 +213,13 @@ def tell(
         return lambda dice: render(template, parts, dice)
 
     scene = roles | {
-        "@": lambda pool, dice: taste(dice, pool, pools[pool]), "sky": sky, "place": Place(place), "when": _drawn_time("when", taste, sky, used), "home": home,
-        "later": _drawn_time("later", taste, sky, used), "setup": told(problem.setup), "fail": told(problem.fail),
+        "@": lambda pool, dice: taste(dice, pool, pools[pool]), "sky": sky, "place": Place(place),
+        "when": _drawn_time("when", taste, sky, used), "home": home,
+        "later": _drawn_time("later", taste, sky, used), "setup": told(problem.setup),
+        "fail": told(problem.fail),
         "solve": told(problem.solve), "moral": moral,
-        "label": lambda dice: taste(dice, "label", ("The moral: ", "Moral: ", "The lesson is this: ", "And so we learn: ")),
+        "label": lambda dice: taste(dice, "label",
+            ("The moral: ", "Moral: ", "The lesson is this: ", "And so we learn: ")),
     }  # fmt: skip
     beats = []
     for beat in plot.beats:

@@ -16,8 +16,10 @@ OPPOSITES = [pair.split("-") for pair in (
     "always-never lost-found proud-humble lazy-hardworking sharp-dull north-south east-west love-hate black-white "
     "top-bottom front-back calm-stormy inside-outside begin-end morning-evening sunrise-sunset question-answer "
     "come-go buy-sell arrive-leave remember-forget").split()]  # fmt: skip
-COMMANDS = ["Repeat after me:", "Repeat after me:", "Repeat:", "Please repeat:", "Say this back to me:", "Say:", "Echo:",
-            "Copy these words:", "Copy this:", "Repeat the following:", "Repeat exactly:", "Please say:"]  # fmt: skip
+COMMANDS = ["Repeat after me:", "Repeat after me:", "Repeat:", "Please repeat:", "Say this back to me:",
+    "Say:", "Echo:",
+            "Copy these words:", "Copy this:", "Repeat the following:", "Repeat exactly:",
+            "Please say:"]  # fmt: skip
 
 
 def _listed_words() -> list[str]:
@@ -29,7 +31,9 @@ _WORDS = _listed_words()
 
 
 def some_words(rng, count: int, open_share: float | None = None) -> list[str]:
-    """`count` words: listed ones, open ones (chance `open_share`, by default 0, 1/3 or 1), now and then a name."""
+    """`count` words: listed ones, open ones (chance `open_share`, by default 0, 1/3 or 1), now and then a
+    name.
+    """
     share = pick(rng, (0.0, 0.33, 1.0)) if open_share is None else open_share
     words = []
     for _ in range(count):
@@ -42,8 +46,10 @@ def _sentence(rng) -> str:
     """A sentence with open words in it, of the kinds that people ask a model to repeat."""
     a, b, c = (open_word(rng) if rng.random() < 0.5 else pick(rng, _WORDS) for _ in range(3))
     return render(pick(rng, (
-        "The {a} sat on the {b}.", "My {a} likes {b} and {c}.", "I have {n} {a}s and one {b}.", "{Name} bought a {a} in {B}.",
-        "{A}: {b}, {c}.", "Moral: {Name} is {a}.", "Note: the {a} {b} {c}", "Where is the {a} of {Name}?", "Never {a} a {b} without a {c}!", "We will {a} the {b} at {n} o'clock.",
+        "The {a} sat on the {b}.", "My {a} likes {b} and {c}.", "I have {n} {a}s and one {b}.",
+        "{Name} bought a {a} in {B}.",
+        "{A}: {b}, {c}.", "Moral: {Name} is {a}.", "Note: the {a} {b} {c}", "Where is the {a} of {Name}?",
+        "Never {a} a {b} without a {c}!", "We will {a} the {b} at {n} o'clock.",
         "{Name}, please {a} the {b}.", "{A} {b} {c}!", "The {a} {b} is in the {c}.", "Do you {a} my {b}?",
     )), {"a": a, "b": b, "c": c, "n": pick(rng, NUMBERS), "name": open_name(rng)}, rng)  # fmt: skip
 
@@ -68,7 +74,9 @@ def repeat(rng) -> list[Turn]:
     if rng.random() < 0.12 and len(text) < 60:
         times = 2 + int(rng.random() * 3)
         word = ("twice", "three times", "four times")[times - 2]
-        order = pick(rng, (f"Say this {word}: {text}", f"Repeat this {word}:\n{text}", f'Say "{text}" {word}.'))
+        order = pick(
+            rng, (f"Say this {word}: {text}", f"Repeat this {word}:\n{text}", f'Say "{text}" {word}.')
+        )
         return [(order, "\n".join([text] * times))]
     if rng.random() < 0.12 and '"' not in text:
         return [(f'{pick(rng, ("Say", "Repeat", "Please say"))} "{text}"{pick(rng, (".", ""))}', text)]
@@ -82,12 +90,19 @@ def small_task(rng) -> list[Turn]:
         pair = pick(rng, OPPOSITES)
         a, b = pair if rng.random() < 0.5 or pair[1] in ("light", "old", "short") else pair[::-1]
         a, b = ("hot", "cold") if a in ("light", "old", "short", "hard") else (a, b)
-        asked = pick(rng, (f"What is the opposite of {a}?", f"Opposite of {a}?", f"Tell me the opposite of {a}."))
+        asked = pick(
+            rng, (f"What is the opposite of {a}?", f"Opposite of {a}?", f"Tell me the opposite of {a}.")
+        )
         return [(asked, f"The opposite of {a} is {b}.")]
     if draw < 0.5:
         low = 1 + int(rng.random() * 12)
         high = low + 1 + int(rng.random() * (20 - low))
-        return [(f"Count from {NUMBERS[low]} to {NUMBERS[high]}.", capital(", ".join(NUMBERS[low : high + 1])) + ".")]
+        return [
+            (
+                f"Count from {NUMBERS[low]} to {NUMBERS[high]}.",
+                capital(", ".join(NUMBERS[low : high + 1])) + ".",
+            )
+        ]
     if draw < 0.6:
         i = 1 + int(rng.random() * 19)
         return [(f"What comes after {NUMBERS[i]}?", f"{capital(NUMBERS[i + 1])} comes after {NUMBERS[i]}.")]

@@ -1,16 +1,18 @@
-"""The grammar's small language: text with choices and slots, parsed once and rendered with a random generator.
+"""The grammar's small language: text with choices and slots, parsed once and rendered with a random
+generator.
 
     [a|b|c]      one of the three, each as likely; choices nest, and an empty choice is allowed
     {h}          the value of role `h` in the scene; {H} the same with a capital letter
     {h.his}      form `his` of role `h`
     {@wonder}    one line of the pool `wonder`, rendered in the same scene
 
-A scene is a dict from role to a value: a string, a callable that takes the generator and returns a string, or an
-object with a method `form(name, rng) -> str` (see cast.py). Under "@" it holds a callable (pool, rng) -> line.
+A scene is a dict from role to a value: a string, a callable that takes the generator and returns a string, or
+an object with a method `form(name, rng) -> str` (see cast.py). Under "@" it holds a callable (pool, rng) ->
+line.
 """
 
 import re
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 Node = str | tuple  # text, ("slot", role, form, capital), ("pool", name) or ("choice", [sequence, ...])
@@ -20,7 +22,7 @@ class TemplateError(ValueError):
     """A template that cannot be parsed, or that names a role or a pool that the scene does not have."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(template: str) -> tuple[Node, ...]:
     """Return `template` as a sequence of nodes. Raises TemplateError where brackets do not match."""
     nodes, end = _sequence(template, 0)

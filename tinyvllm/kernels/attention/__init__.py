@@ -1,0 +1,18 @@
+"""Causal attention over the paged cache: softmax(scale * Q K^T) V, grouped heads, keys and values by block
+table.
+
+    numpy_twin.py       the definition, and the oracle of the rest
+
+    prefill_simple.py   many query rows: tiles of keys with the online softmax; start here
+    prefill.py          the same on tensor cores; in use
+    decode_simple.py    one query row: the context split into parts, and the kernel that combines them
+    decode.py           the same on tensor cores; in use
+    cuda.py             which of them `attention` takes
+
+    cpu.py              the CPU's kernel
+
+All of them cut the context at fixed positions, counted from its first token, and add in that order. So what a
+row gets from a kernel does not depend on how its prompt was cut into chunks, on what was in the cache
+already, or on the batch around it. (On the GPU, prefill and decode cut differently: the last bits of a row
+depend on which of the two computed it.)
+"""

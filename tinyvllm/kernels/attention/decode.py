@@ -1,134 +1,46 @@
 """Decode attention: one query row a request, a long context, keys and values read through the block table.
 
-There is almost no arithmetic here: each key and value is fetched, used by the few query heads that share it, and not used
-again. The time is the time to read the cache, so enough blocks must be reading. One block a (request, head) would leave
-a GPU idle at small batches, so the context is split, and each part is a block of its own:
+There is almost no arithmetic here: each key and value is fetched, used by the few query heads that share it,
+and not used again. The time is the time to read the cache, so enough blocks must be reading. One block a
+(request, head) would leave a GPU idle at small batches, so the context is split, and each part is a block of
+its own:
 
     part s:    keys s * SPLIT .. s * SPLIT + SPLIT - 1        ->  m_s, l_s, O_s      (as in softmax.py)
     combine:   m = max m_s,   l = sum exp(m_s - m) l_s,   out = sum exp(m_s - m) O_s / l
 
-Parts are cut at fixed positions of the context, never at "context / number of multiprocessors", and combined in
-ascending order: a row's result does not depend on the batch around it.
+Parts are cut at fixed positions of the context, never at "context / number of multiprocessors", and combined
+in ascending order: a row's result does not depend on the batch around it.
 
-    simple        float32, a key a thread; also runs in the simulator
-    tensor core   the G query heads of a key head are the rows of an mma; each warp walks over its own 16 keys of every
-                  tile, and the warps' results are merged in shared memory at the end; the one in use
+decode_simple.py does just this, a key a thread; read it first. Here the G query heads of a key head are the
+rows of an mma, so that a key is fetched once for all of them; each warp walks over its own 16 keys of every
+tile, and the warps' results are merged in shared memory at the end.
 
-The grid is made for the longest context that the block tables have room for: blocks beyond a request's own context
-return at once. Pass tables no wider than the longest request in the batch needs.
+The grid is made for the longest context that the block tables have room for: blocks beyond a request's own
+context return at once. Pass tables no wider than the longest request in the batch needs.
 
 Source: Dao, Haziza, Massa and Sizov, "Flash-Decoding" (2023); Kwon et al., PagedAttention (2023).
 """
 
 import functools
-import math
 
 import numpy as np
 
+from tinyvllm.kernels.attention.decode_simple import STATISTICS, combine_kernel
 from tinyvllm.kernels.attention.prefill import LOG2_E, key_tile
 from tinyvllm.kernels.cuda_support import ceil_div, cuda, kernel, pointer, workspace
 from tinyvllm.kernels.ptx import (block_index_x, block_index_y, block_index_z, cp_async_16, cp_async_commit,
                                   cp_async_wait, divide, dynamic_shared, exp2, lane_index, ldmatrix_x4,
                                   ldmatrix_x4_transposed, load_i32, load_shared_f32, load_u32, maximum,
                                   mma_m16n8k16, narrow_cuda, pack_bf16, shuffle_xor, store_f32,
-                                  store_shared_f32, store_u16, thread_index, warp_barrier, widen_cuda)
+                                  store_shared_f32, store_u16, thread_index, warp_barrier)
 
-__all__ = ["decode_attention_cuda", "decode_attention_simple_cuda", "decode_kernel", "SPLIT"]
-
-# A part's result in the workspace: O (head_dim floats, not divided by l), then m, then l.
-STATISTICS = 2
-
-# ---- the simple version ----
-
-SIMPLE_SPLIT = 32  # keys a part, and threads a block
-
-
-@kernel
-def _decode_simple_kernel(parts, qkv, k_cache, v_cache, block_tables, seq_lens, num_splits, scale, num_heads,
-                          num_kv_heads, head_dim, block_size):
-    """A block: one part of one request's context, for one query head."""
-    weights = cuda.shared.array(SIMPLE_SPLIT, np.float32)
-    split, head, request = cuda.blockIdx.x, cuda.blockIdx.y, cuda.blockIdx.z
-    thread = cuda.threadIdx.x
-    kv_head = head // (num_heads // num_kv_heads)
-    first_key = split * SIMPLE_SPLIT
-    if first_key >= seq_lens[request]:
-        return
-    keys = min(SIMPLE_SPLIT, seq_lens[request] - first_key)
-
-    if thread < keys:  # one key's score a thread
-        position = first_key + thread
-        block = block_tables[request, position // block_size]
-        score = np.float32(0)
-        for i in range(head_dim):
-            score += (widen_cuda(qkv[request, head * head_dim + i])
-                      * widen_cuda(k_cache[block, kv_head, position % block_size, i]))
-        weights[thread] = np.float32(score * scale)
-    cuda.syncthreads()
-
-    m, l = np.float32(-np.inf), np.float32(0)
-    for j in range(keys):
-        m = max(m, weights[j])
-    cuda.syncthreads()  # everyone has the maximum before scores turn into weights
-    if thread < keys:
-        weights[thread] = np.float32(math.exp(weights[thread] - m))
-    cuda.syncthreads()
-    for j in range(keys):
-        l += weights[j]
-
-    at = ((request * num_heads + head) * num_splits + split) * (head_dim + STATISTICS)
-    for i in range(thread, head_dim, SIMPLE_SPLIT):  # one column of the values a thread
-        total = np.float32(0)
-        for j in range(keys):
-            position = first_key + j
-            block = block_tables[request, position // block_size]
-            total += weights[j] * widen_cuda(v_cache[block, kv_head, position % block_size, i])
-        parts[at + i] = total
-    if thread == 0:
-        parts[at + head_dim] = m
-        parts[at + head_dim + 1] = l
-
-
-@kernel
-def _combine_kernel(out, parts, seq_lens, num_splits, split_size, from_parts, num_heads, head_dim):
-    """A block: one query head of one request. Requests with fewer than `from_parts` parts are finished already."""
-    head, request = cuda.blockIdx.x, cuda.blockIdx.y
-    used = (seq_lens[request] + split_size - 1) // split_size
-    if used < from_parts:
-        return
-    size = head_dim + STATISTICS
-    base = (request * num_heads + head) * num_splits * size
-    m, l = np.float32(-np.inf), np.float32(0)
-    for s in range(used):
-        m = max(m, parts[base + s * size + head_dim])
-    for s in range(used):
-        l += np.float32(math.exp(parts[base + s * size + head_dim] - m)) * parts[base + s * size + head_dim + 1]
-    for i in range(cuda.threadIdx.x, head_dim, cuda.blockDim.x):
-        total = np.float32(0)
-        for s in range(used):
-            total += np.float32(math.exp(parts[base + s * size + head_dim] - m)) * parts[base + s * size + i]
-        out[request, head * head_dim + i] = narrow_cuda(np.float32(total / l))
-
-
-def decode_attention_simple_cuda(out, qkv, k_cache, v_cache, block_tables, seq_lens, query_start_loc, num_decodes,
-                                 scale, num_heads, num_kv_heads, head_dim, block_size):
-    """As attention_numpy for the first num_decodes requests, on device arrays; any head_dim."""
-    splits = ceil_div(block_tables.shape[1] * block_size, SIMPLE_SPLIT)
-    parts = workspace(num_decodes * num_heads * splits * (head_dim + STATISTICS))
-    _decode_simple_kernel[(splits, num_heads, num_decodes), SIMPLE_SPLIT](
-        parts, qkv, k_cache, v_cache, block_tables, seq_lens, splits, np.float32(scale), num_heads, num_kv_heads,
-        head_dim, block_size)
-    _combine_kernel[(num_heads, num_decodes), 32](
-        out, parts, seq_lens, splits, SIMPLE_SPLIT, 1, num_heads, head_dim)
-
-
-# ---- the tensor-core version ----
+__all__ = ["decode_attention_cuda", "decode_kernel", "SPLIT"]
 
 SPLIT = 256  # keys a part: a multiple of the key tile
 SIGNATURE = ("uint64",) * 7 + ("int32", "int32", "float32", "int32", "int32", "int32")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def decode_kernel(D: int):
     """The kernel for head_dim D (a constant in it)."""
     KEYS = key_tile(D)
@@ -145,9 +57,10 @@ def decode_kernel(D: int):
     wait_for_all_but_one, wait_for_all = cp_async_wait[1], cp_async_wait[0]
 
     @kernel(signature=SIGNATURE, max_threads=32 * WARPS)
-    def decode(out, parts, qkv, k_cache, v_cache, block_tables, seq_lens, max_blocks, num_splits, scale, num_heads,
-               num_kv_heads, block_size):
-        """scale: of the scores, times log2(e). Block y: a key head, and 16 of the query heads that share it."""
+    def decode(out, parts, qkv, k_cache, v_cache, block_tables, seq_lens, max_blocks, num_splits, scale,
+               num_heads, num_kv_heads, block_size):
+        """scale: of the scores, times log2(e). Block y: a key head, and 16 of the query heads that share
+        it."""
         thread, lane = thread_index(), lane_index()
         warp, g, q = thread // 32, lane // 4, lane % 4
         split, request = block_index_x(), block_index_z()
@@ -167,10 +80,12 @@ def decode_kernel(D: int):
         # ---- the query heads are the rows of A; rows past the last head repeat it ----
         q_row = (qkv + np.uint64(request) * np.uint64((num_heads + 2 * num_kv_heads) * D * 2)
                  + np.uint64((kv_head * group + first_head) * D * 2 + 4 * q))
-        q_0, q_1 = q_row + np.uint64(min(g, heads - 1) * D * 2), q_row + np.uint64(min(g + 8, heads - 1) * D * 2)
+        q_0 = q_row + np.uint64(min(g, heads - 1) * D * 2)
+        q_1 = q_row + np.uint64(min(g + 8, heads - 1) * D * 2)
         queries = cuda.local.array((STEPS, 4), np.uint32)
         for s in range(STEPS):
-            queries[s, 0], queries[s, 1] = load_u32(q_0 + np.uint64(32 * s)), load_u32(q_1 + np.uint64(32 * s))
+            queries[s, 0] = load_u32(q_0 + np.uint64(32 * s))
+            queries[s, 1] = load_u32(q_1 + np.uint64(32 * s))
             queries[s, 2] = load_u32(q_0 + np.uint64(32 * s + 16))
             queries[s, 3] = load_u32(q_1 + np.uint64(32 * s + 16))
 
@@ -248,15 +163,15 @@ def decode_kernel(D: int):
                 for j in range(0, OUTPUTS, 2):
                     v[0, 0], v[0, 1], v[1, 0], v[1, 1] = ldmatrix_x4_transposed(v_from + j * 16)
                     for h in range(2):
-                        for c in range(2):
-                            outputs[j + h, c] = outputs[j + h, c] * r_0
-                            outputs[j + h, c + 2] = outputs[j + h, c + 2] * r_1
-                        outputs[j + h, 0], outputs[j + h, 1], outputs[j + h, 2], outputs[j + h, 3] = mma_m16n8k16(
-                            outputs[j + h, 0], outputs[j + h, 1], outputs[j + h, 2], outputs[j + h, 3],
+                        i = j + h
+                        outputs[i, 0], outputs[i, 1] = outputs[i, 0] * r_0, outputs[i, 1] * r_0
+                        outputs[i, 2], outputs[i, 3] = outputs[i, 2] * r_1, outputs[i, 3] * r_1
+                        outputs[i, 0], outputs[i, 1], outputs[i, 2], outputs[i, 3] = mma_m16n8k16(
+                            outputs[i, 0], outputs[i, 1], outputs[i, 2], outputs[i, 3],
                             p[0], p[1], p[2], p[3], v[h, 0], v[h, 1])
                 warp_barrier()  # all lanes are done with this stage before any overwrites it
 
-        # ---- merge the warps: each leaves 16 rows of (O, m, l) in shared memory, over the keys that were there ----
+        # ---- merge the warps: each leaves 16 rows of (O, m, l) in shared memory, where its keys were ----
         for lanes in (1, 2):
             l_0, l_1 = l_0 + shuffle_xor(l_0, lanes), l_1 + shuffle_xor(l_1, lanes)
         wait_for_all()
@@ -278,22 +193,24 @@ def decode_kernel(D: int):
             m = np.float32(-np.inf)
             for w in range(WARPS):
                 m = maximum(m, load_shared_f32(shared + ((w * 16 + row) * PART + D) * 4))
-            l, total = np.float32(0), np.float32(0)
+            denominator, total = np.float32(0), np.float32(0)
             for w in range(WARPS):
                 at = shared + (w * 16 + row) * (PART * 4)
                 weight = exp2(load_shared_f32(at + D * 4) - m)  # a warp without keys has m = -inf, weight 0
-                l = l + weight * load_shared_f32(at + D * 4 + 4)
+                denominator = denominator + weight * load_shared_f32(at + D * 4 + 4)
                 total = total + weight * load_shared_f32(at + column * 4)
             head = kv_head * group + first_head + row
             if seq_len <= SPLIT:  # the only part: finished
-                store_u16(out + np.uint64((request * num_heads + head) * D + column) * np.uint64(2), narrow_cuda(total / l))
+                store_u16(out + np.uint64((request * num_heads + head) * D + column) * np.uint64(2),
+                          narrow_cuda(total / denominator))
             else:
-                part = parts + (np.uint64(request * num_heads + head) * np.uint64(num_splits) + np.uint64(split)) * (
-                    np.uint64(PART * 4))
+                number = np.uint64(request * num_heads + head) * np.uint64(num_splits) + np.uint64(split)
+                part = parts + number * np.uint64(PART * 4)
                 store_f32(part + np.uint64(column * 4), total)
                 if column == 0:
-                    store_f32(part + np.uint64(D * 4), m * np.float32(LN_2))  # the combine counts in powers of e
-                    store_f32(part + np.uint64(D * 4 + 4), l)
+                    # the combine counts in powers of e
+                    store_f32(part + np.uint64(D * 4), m * np.float32(LN_2))
+                    store_f32(part + np.uint64(D * 4 + 4), denominator)
             index += np.int32(32 * WARPS)
 
     decode.threads = 32 * WARPS
@@ -301,9 +218,10 @@ def decode_kernel(D: int):
     return decode
 
 
-def decode_attention_cuda(out, qkv, k_cache, v_cache, block_tables, seq_lens, query_start_loc, num_decodes, scale,
-                          num_heads, num_kv_heads, head_dim, block_size):
-    """As attention_numpy for the first num_decodes requests, on device arrays (see prefill.tensor_core_can_run)."""
+def decode_attention_cuda(out, qkv, k_cache, v_cache, block_tables, seq_lens, query_start_loc, num_decodes,
+                          scale, num_heads, num_kv_heads, head_dim, block_size):
+    """As attention_numpy for the first num_decodes requests, on device arrays (see
+    prefill.tensor_core_can_run)."""
     splits = ceil_div(block_tables.shape[1] * block_size, SPLIT)
     parts = workspace(num_decodes * num_heads * splits * (head_dim + STATISTICS) if splits > 1 else 1)
     decode = decode_kernel(head_dim)
@@ -312,4 +230,5 @@ def decode_attention_cuda(out, qkv, k_cache, v_cache, block_tables, seq_lens, qu
         pointer(out), pointer(parts), pointer(qkv), pointer(k_cache), pointer(v_cache), pointer(block_tables),
         pointer(seq_lens), block_tables.shape[1], splits, scale * LOG2_E, num_heads, num_kv_heads, block_size)
     if splits > 1:
-        _combine_kernel[(num_heads, num_decodes), 64](out, parts, seq_lens, splits, SPLIT, 2, num_heads, head_dim)
+        combine_kernel[(num_heads, num_decodes), 64](
+            out, parts, seq_lens, splits, SPLIT, 2, num_heads, head_dim)

@@ -1,8 +1,8 @@
 """Prefill attention: many query rows of a request at once, keys and values read through the block table.
 
-Materialising the scores of a prompt of n tokens takes n x n numbers a head. Instead a block of threads owns a tile of
-query rows and walks over the keys in tiles, with the online softmax (softmax.py) holding each row's running maximum m,
-running sum l and running output O:
+Materialising the scores of a prompt of n tokens takes n x n numbers a head. Instead a block of threads owns a
+tile of query rows and walks over the keys in tiles, with the online softmax (softmax.py) holding each row's
+running maximum m, running sum l and running output O:
 
     for each tile of keys, from position 0 up:
         S  = Q K^T * scale                masked where a key lies beyond the row's position
@@ -11,147 +11,40 @@ running sum l and running output O:
         l  = l * r + rowsum(P)            O = O * r + P V
     out = O / l
 
-The scores never leave the chip. Two versions:
+The scores never leave the chip. prefill_simple.py does just this, one score a thread; read it first. Here the
+products run on tensor cores (mma.sync), and keys and values are copied asynchronously, one tile ahead of the
+arithmetic.
 
-    simple        float32, one score a thread, shared memory; any head_dim; also runs in the simulator
-    tensor core   mma.sync for Q K^T and P V, keys and values copied asynchronously one tile ahead; the one in use
+Grouped-query attention: the G query heads that share a key and value head want the same keys. The kernel
+therefore makes a row of (token, head of the group): a tile of 64 rows is 64 / G tokens with their G heads,
+and each key tile is fetched once for all of them.
 
-Grouped-query attention: the G query heads that share a key and value head want the same keys. The tensor-core kernel
-therefore makes a row of (token, head of the group): a tile of 64 rows is 64 / G tokens with their G heads, and each key
-tile is fetched once for all of them.
+Chunks and prefix hits need no case of their own: a row knows its absolute position, keys come from the cache
+whoever wrote them, and tiles start at position 0, so a row adds in the same order however its prompt was cut.
+A tile that lies beyond a row's position changes nothing in that row, to the bit: P is 0 and r is 1.
 
-Chunks and prefix hits need no case of their own: a row knows its absolute position, keys come from the cache whoever
-wrote them, and tiles start at position 0, so a row adds in the same order however its prompt was cut. A tile that lies
-beyond a row's position changes nothing in that row, to the bit: P is 0 and r is 1.
-
-Which request does a block belong to? The lengths are on the device, where the grid is not known. Request r's tiles start
-at r + (its first row) // (tokens a tile): at least one number for every tile that can exist, in ascending order. So a
-block finds its request by bisection, and those that get a number that no tile has return at once.
+Which request does a block belong to? The lengths are on the device, where the grid is not known. Request r's
+tiles start at r + (its first row) // (tokens a tile): at least one number for every tile that can exist, in
+ascending order. So a block finds its request by bisection, and those that get a number that no tile has
+return at once.
 
 Source: Dao et al., "FlashAttention" (2022) and "FlashAttention-2" (2023).
 """
 
 import functools
-import math
 
 import numpy as np
 
-from tinyvllm.kernels.cuda_support import ceil_div, cuda, device_function, kernel, pointer
-from tinyvllm.kernels.ptx import (block_index_x, block_index_y, cp_async_16, cp_async_commit, cp_async_wait, divide,
-                                  dynamic_shared, exp2, lane_index, ldmatrix_x4, ldmatrix_x4_transposed,
-                                  load_i32, load_u32, maximum, mma_m16n8k16, narrow_cuda, pack_bf16,
-                                  shuffle_xor, store_u32, thread_index, widen_cuda)
+from tinyvllm.kernels.attention.prefill_simple import num_tiles
+from tinyvllm.kernels.cuda_support import ceil_div, cuda, kernel, pointer
+from tinyvllm.kernels.ptx import (block_index_x, block_index_y, cp_async_16, cp_async_commit, cp_async_wait,
+                                  divide, dynamic_shared, exp2, grid_size_x, lane_index, ldmatrix_x4,
+                                  ldmatrix_x4_transposed, load_i32, load_u32, maximum, mma_m16n8k16,
+                                  pack_bf16, shuffle_xor, store_u32, thread_index)
 
-__all__ = ["prefill_attention_cuda", "prefill_attention_simple_cuda", "prefill_kernel", "tensor_core_can_run"]
+__all__ = ["prefill_attention_cuda", "prefill_kernel", "tensor_core_can_run"]
 
 LOG2_E = 1.4426950408889634
-
-# ---- the simple version ----
-
-QUERIES, KEYS, MAX_HEAD_DIM = 8, 16, 256  # a tile; head_dim at most (shared memory)
-
-
-@device_function
-def _find_request(block, query_start_loc, num_decodes, num_requests, tokens):
-    """(request, index of its tile) for a block number; see the top of this file."""
-    low, high = num_decodes, num_requests - 1
-    while low < high:  # the last request that starts at or before `block`
-        middle = (low + high + 1) // 2
-        if (query_start_loc[middle] - num_decodes) // tokens + middle - num_decodes <= block:
-            low = middle
-        else:
-            high = middle - 1
-    return low, block - ((query_start_loc[low] - num_decodes) // tokens + low - num_decodes)
-
-
-@kernel
-def _prefill_simple_kernel(out, qkv, k_cache, v_cache, block_tables, seq_lens, query_start_loc, num_decodes, scale,
-                           num_heads, num_kv_heads, head_dim, block_size):
-    """A block: 8 query rows of one head. Its 8 x 16 threads hold one score each."""
-    q_tile = cuda.shared.array((QUERIES, MAX_HEAD_DIM), np.float32)
-    o_tile = cuda.shared.array((QUERIES, MAX_HEAD_DIM), np.float32)
-    k_tile = cuda.shared.array((KEYS, MAX_HEAD_DIM), np.uint16)
-    v_tile = cuda.shared.array((KEYS, MAX_HEAD_DIM), np.uint16)
-    p_tile = cuda.shared.array((QUERIES, KEYS), np.float32)
-    column, row = cuda.threadIdx.x, cuda.threadIdx.y
-    head = cuda.blockIdx.y
-    kv_head = head // (num_heads // num_kv_heads)
-    request, tile = _find_request(cuda.blockIdx.x, query_start_loc, num_decodes, seq_lens.shape[0], QUERIES)
-    rows = query_start_loc[request + 1] - query_start_loc[request]
-    if tile * QUERIES >= rows:
-        return
-
-    # Rows past the end repeat the last one, so that every thread has something finite to work on.
-    token = query_start_loc[request] + min(tile * QUERIES + row, rows - 1)
-    position = seq_lens[request] - rows + min(tile * QUERIES + row, rows - 1)
-    last_position = seq_lens[request] - rows + min(tile * QUERIES + QUERIES - 1, rows - 1)
-    for i in range(column, head_dim, KEYS):
-        q_tile[row, i] = widen_cuda(qkv[token, head * head_dim + i])
-        o_tile[row, i] = np.float32(0)
-
-    m, l = np.float32(-np.inf), np.float32(0)  # each of a row's 16 threads keeps its own copy
-    for k0 in range(0, last_position + 1, KEYS):
-        cuda.syncthreads()  # all are done with the last tile
-        if k0 + row < seq_lens[request]:  # 8 rows of threads fetch 16 keys in two goes
-            block = block_tables[request, (k0 + row) // block_size]
-            for i in range(column, head_dim, KEYS):
-                k_tile[row, i] = k_cache[block, kv_head, (k0 + row) % block_size, i]
-                v_tile[row, i] = v_cache[block, kv_head, (k0 + row) % block_size, i]
-        else:
-            for i in range(column, head_dim, KEYS):
-                k_tile[row, i] = 0
-                v_tile[row, i] = 0
-        if k0 + row + QUERIES < seq_lens[request]:
-            block = block_tables[request, (k0 + row + QUERIES) // block_size]
-            for i in range(column, head_dim, KEYS):
-                k_tile[row + QUERIES, i] = k_cache[block, kv_head, (k0 + row + QUERIES) % block_size, i]
-                v_tile[row + QUERIES, i] = v_cache[block, kv_head, (k0 + row + QUERIES) % block_size, i]
-        else:
-            for i in range(column, head_dim, KEYS):
-                k_tile[row + QUERIES, i] = 0
-                v_tile[row + QUERIES, i] = 0
-        cuda.syncthreads()
-
-        score = np.float32(0)
-        for i in range(head_dim):
-            score += q_tile[row, i] * widen_cuda(k_tile[column, i])
-        p_tile[row, column] = np.float32(score * scale) if k0 + column <= position else np.float32(-np.inf)
-        cuda.syncthreads()
-
-        new_m = m
-        for j in range(KEYS):
-            new_m = max(new_m, p_tile[row, j])
-        r = np.float32(math.exp(m - new_m))  # the first tile holds key 0, which every row sees: new_m is finite
-        l = np.float32(l * r)
-        for j in range(KEYS):
-            l += np.float32(math.exp(p_tile[row, j] - new_m))
-        for i in range(column, head_dim, KEYS):
-            total = np.float32(o_tile[row, i] * r)
-            for j in range(KEYS):
-                total += np.float32(math.exp(p_tile[row, j] - new_m)) * widen_cuda(v_tile[j, i])
-            o_tile[row, i] = total
-        m = new_m
-
-    if tile * QUERIES + row < rows:
-        for i in range(column, head_dim, KEYS):
-            out[token, head * head_dim + i] = narrow_cuda(np.float32(o_tile[row, i] / l))
-
-
-def _num_tiles(num_tokens: int, num_decodes: int, num_requests: int, tokens: int) -> int:
-    """Blocks that can find a tile: see the top of this file."""
-    return (num_tokens - num_decodes) // tokens + num_requests - num_decodes
-
-
-def prefill_attention_simple_cuda(out, qkv, k_cache, v_cache, block_tables, seq_lens, query_start_loc, num_decodes,
-                                  scale, num_heads, num_kv_heads, head_dim, block_size):
-    """As attention_numpy for the requests after the first num_decodes, on device arrays; head_dim at most 256."""
-    tiles = _num_tiles(out.shape[0], num_decodes, seq_lens.shape[0], QUERIES)
-    _prefill_simple_kernel[(tiles, num_heads), (KEYS, QUERIES)](
-        out, qkv, k_cache, v_cache, block_tables, seq_lens, query_start_loc, num_decodes, np.float32(scale), num_heads,
-        num_kv_heads, head_dim, block_size)
-
-
-# ---- the tensor-core version ----
 
 WARPS = 4
 ROWS = 16 * WARPS  # (token, head) rows of a tile
@@ -169,22 +62,25 @@ def key_tile(head_dim: int) -> int:
     return 64 if head_dim <= 80 else 32
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def prefill_kernel(D: int):
     """The kernel for head_dim D (a constant in it)."""
     KEYS = key_tile(D)
     CHUNKS = D // 8  # 16-byte pieces of a key
-    KEYS_A_PASS = THREADS // CHUNKS  # that all threads copy at once, a chunk each; some threads may be left over
+    # that all threads copy at once, a chunk each; some threads may be left over
+    KEYS_A_PASS = THREADS // CHUNKS
     PASSES = ceil_div(KEYS, KEYS_A_PASS)
-    PITCH = 2 * D + 16  # bytes a key takes in shared memory: an odd number of chunks, so 8 rows hit 8 different banks
+    # bytes a key takes in shared memory: an odd number of chunks, so 8 rows hit 8 different banks
+    PITCH = 2 * D + 16
     MATRIX = KEYS * PITCH  # one tile of keys or of values
     STAGE = 2 * MATRIX
-    STEPS, SCORES, OUTPUTS = D // 16, KEYS // 8, D // 8  # mma steps of Q K^T; mma tiles along keys; along head_dim
+    # mma steps of Q K^T; mma tiles along keys; along head_dim
+    STEPS, SCORES, OUTPUTS = D // 16, KEYS // 8, D // 8
     wait_for_all_but_one = cp_async_wait[1]
 
     @kernel(signature=SIGNATURE, max_threads=THREADS)
-    def prefill(out, qkv, k_cache, v_cache, block_tables, seq_lens, query_start_loc, num_decodes, num_requests,
-                max_blocks, scale, num_heads, num_kv_heads, block_size):
+    def prefill(out, qkv, k_cache, v_cache, block_tables, seq_lens, query_start_loc, num_decodes,
+                num_requests, max_blocks, scale, num_heads, num_kv_heads, block_size):
         """scale: of the scores, times log2(e), because exp2 is what the hardware has."""
         thread, lane = thread_index(), lane_index()
         warp, g, q = thread // 32, lane // 4, lane % 4
@@ -193,18 +89,19 @@ def prefill_kernel(D: int):
         tokens = divide(ROWS, group)  # a tile; rows past tokens * group are idle
         shared = dynamic_shared()
 
-        # ---- which request, which of its tiles ----
+        # ---- which request, which of its tiles; the last tiles have the most keys and start first ----
+        number = grid_size_x() - 1 - block_index_x()
         low, high = num_decodes, num_requests - 1
         while low < high:
             middle = (low + high + 1) >> 1
             start = load_i32(query_start_loc + np.uint64(middle) * np.uint64(4))
-            if divide(start - num_decodes, tokens) + middle - num_decodes <= block_index_x():
+            if divide(start - num_decodes, tokens) + middle - num_decodes <= number:
                 low = middle
             else:
                 high = middle - 1
         first_row = load_i32(query_start_loc + np.uint64(low) * np.uint64(4))
         rows = load_i32(query_start_loc + np.uint64(low + 1) * np.uint64(4)) - first_row
-        first_token = (block_index_x() - (divide(first_row - num_decodes, tokens) + low - num_decodes)) * tokens
+        first_token = (number - (divide(first_row - num_decodes, tokens) + low - num_decodes)) * tokens
         if first_token >= rows:
             return
         seq_len = load_i32(seq_lens + np.uint64(low) * np.uint64(4))
@@ -219,11 +116,13 @@ def prefill_kernel(D: int):
         token_0, token_1 = first_token + group_0, first_token + group_1
         position_0, position_1 = context + min(token_0, rows - 1), context + min(token_1, rows - 1)
         head_0, head_1 = kv_head * group + row_0 - group_0 * group, kv_head * group + row_1 - group_1 * group
-        q_0 = qkv + np.uint64(first_row + min(token_0, rows - 1)) * row_stride + np.uint64((head_0 * D + 2 * q) * 2)
-        q_1 = qkv + np.uint64(first_row + min(token_1, rows - 1)) * row_stride + np.uint64((head_1 * D + 2 * q) * 2)
+        q_0 = qkv + np.uint64(first_row + min(token_0, rows - 1)) * row_stride
+        q_1 = qkv + np.uint64(first_row + min(token_1, rows - 1)) * row_stride
+        q_0, q_1 = q_0 + np.uint64((head_0 * D + 2 * q) * 2), q_1 + np.uint64((head_1 * D + 2 * q) * 2)
         queries = cuda.local.array((STEPS, 4), np.uint32)
         for s in range(STEPS):
-            queries[s, 0], queries[s, 1] = load_u32(q_0 + np.uint64(32 * s)), load_u32(q_1 + np.uint64(32 * s))
+            queries[s, 0] = load_u32(q_0 + np.uint64(32 * s))
+            queries[s, 1] = load_u32(q_1 + np.uint64(32 * s))
             queries[s, 2] = load_u32(q_0 + np.uint64(32 * s + 16))
             queries[s, 3] = load_u32(q_1 + np.uint64(32 * s + 16))
 
@@ -256,7 +155,8 @@ def prefill_kernel(D: int):
                 for i in range(PASSES):
                     key = np.int32(copy_key + i * KEYS_A_PASS)
                     if key < KEYS and copy_key < KEYS_A_PASS:
-                        # Keys beyond the context are zeros, not what the cache holds there: 0 * NaN would be NaN.
+                        # Keys beyond the context are zeros, not what the cache holds there: 0 * NaN would be
+                        # NaN.
                         size = 16 if t * KEYS + key < seq_len else 0
                         position = np.uint32(min(t * KEYS + key, seq_len - 1))
                         column = divide(position, block_size)
@@ -280,31 +180,41 @@ def prefill_kernel(D: int):
                     for j in range(0, SCORES, 2):
                         k[0, 0], k[0, 1], k[1, 0], k[1, 1] = ldmatrix_x4(k_from + j * 8 * PITCH + s * 32)
                         for h in range(2):
-                            scores[j + h, 0], scores[j + h, 1], scores[j + h, 2], scores[j + h, 3] = mma_m16n8k16(
-                                scores[j + h, 0], scores[j + h, 1], scores[j + h, 2], scores[j + h, 3],
+                            i = j + h
+                            scores[i, 0], scores[i, 1], scores[i, 2], scores[i, 3] = mma_m16n8k16(
+                                scores[i, 0], scores[i, 1], scores[i, 2], scores[i, 3],
                                 queries[s, 0], queries[s, 1], queries[s, 2], queries[s, 3], k[h, 0], k[h, 1])
 
-                # ---- causal mask; the four lanes of a row exchange their maxima ----
-                last_0 = np.int32(position_0 - (t - 1) * KEYS - 2 * q)  # this lane's first score has key 0 here
+                # ---- causal mask, in the tiles that reach beyond a row's position ----
+                # this lane's first score has key 0 here
+                last_0 = np.int32(position_0 - (t - 1) * KEYS - 2 * q)
                 last_1 = np.int32(position_1 - (t - 1) * KEYS - 2 * q)
+                if min(last_0, last_1) < KEYS:
+                    for j in range(SCORES):
+                        for c in range(2):
+                            if j * 8 + c > last_0:
+                                scores[j, c] = np.float32(-np.inf)
+                            if j * 8 + c > last_1:
+                                scores[j, c + 2] = np.float32(-np.inf)
+
+                # ---- the four lanes of a row exchange their maxima ----
                 new_0, new_1 = m_0, m_1
                 for j in range(SCORES):
                     for c in range(2):
-                        scores[j, c] = scores[j, c] * scale if j * 8 + c <= last_0 else np.float32(-np.inf)
-                        scores[j, c + 2] = scores[j, c + 2] * scale if j * 8 + c <= last_1 else np.float32(-np.inf)
                         new_0, new_1 = maximum(new_0, scores[j, c]), maximum(new_1, scores[j, c + 2])
                 for lanes in (1, 2):
                     new_0 = maximum(new_0, shuffle_xor(new_0, lanes))
                     new_1 = maximum(new_1, shuffle_xor(new_1, lanes))
 
                 # ---- P = exp(S - m); the sums stay per lane until the end ----
-                r_0, r_1 = exp2(m_0 - new_0), exp2(m_1 - new_1)
+                r_0, r_1 = exp2((m_0 - new_0) * scale), exp2((m_1 - new_1) * scale)
                 m_0, m_1 = new_0, new_1
+                m_scaled_0, m_scaled_1 = m_0 * scale, m_1 * scale
                 l_0, l_1 = l_0 * r_0, l_1 * r_1
                 for j in range(SCORES):
                     for c in range(2):
-                        scores[j, c] = exp2(scores[j, c] - m_0)
-                        scores[j, c + 2] = exp2(scores[j, c + 2] - m_1)
+                        scores[j, c] = exp2(scores[j, c] * scale - m_scaled_0)
+                        scores[j, c + 2] = exp2(scores[j, c + 2] * scale - m_scaled_1)
                         l_0, l_1 = l_0 + scores[j, c], l_1 + scores[j, c + 2]
 
                 # ---- O = O * r + P V. P comes out of one mma just as the next one wants it ----
@@ -312,14 +222,17 @@ def prefill_kernel(D: int):
                     outputs[j, 0], outputs[j, 1] = outputs[j, 0] * r_0, outputs[j, 1] * r_0
                     outputs[j, 2], outputs[j, 3] = outputs[j, 2] * r_1, outputs[j, 3] * r_1
                 for s in range(KEYS // 16):
-                    p[0], p[1] = pack_bf16(scores[2 * s, 0], scores[2 * s, 1]), pack_bf16(scores[2 * s, 2], scores[2 * s, 3])
+                    p[0] = pack_bf16(scores[2 * s, 0], scores[2 * s, 1])
+                    p[1] = pack_bf16(scores[2 * s, 2], scores[2 * s, 3])
                     p[2] = pack_bf16(scores[2 * s + 1, 0], scores[2 * s + 1, 1])
                     p[3] = pack_bf16(scores[2 * s + 1, 2], scores[2 * s + 1, 3])
                     for j in range(0, OUTPUTS, 2):
-                        v[0, 0], v[0, 1], v[1, 0], v[1, 1] = ldmatrix_x4_transposed(v_from + s * 16 * PITCH + j * 16)
+                        v[0, 0], v[0, 1], v[1, 0], v[1, 1] = ldmatrix_x4_transposed(
+                            v_from + s * 16 * PITCH + j * 16)
                         for h in range(2):
-                            outputs[j + h, 0], outputs[j + h, 1], outputs[j + h, 2], outputs[j + h, 3] = mma_m16n8k16(
-                                outputs[j + h, 0], outputs[j + h, 1], outputs[j + h, 2], outputs[j + h, 3],
+                            i = j + h
+                            outputs[i, 0], outputs[i, 1], outputs[i, 2], outputs[i, 3] = mma_m16n8k16(
+                                outputs[i, 0], outputs[i, 1], outputs[i, 2], outputs[i, 3],
                                 p[0], p[1], p[2], p[3], v[h, 0], v[h, 1])
                 cuda.syncthreads()  # all are done with this stage; the next round of the loop overwrites it
 
@@ -340,13 +253,14 @@ def prefill_kernel(D: int):
     return prefill
 
 
-def prefill_attention_cuda(out, qkv, k_cache, v_cache, block_tables, seq_lens, query_start_loc, num_decodes, scale,
-                           num_heads, num_kv_heads, head_dim, block_size):
-    """As attention_numpy for the requests after the first num_decodes, on device arrays (see tensor_core_can_run)."""
+def prefill_attention_cuda(out, qkv, k_cache, v_cache, block_tables, seq_lens, query_start_loc, num_decodes,
+                           scale, num_heads, num_kv_heads, head_dim, block_size):
+    """As attention_numpy for the requests after the first num_decodes, on device arrays (see
+    tensor_core_can_run)."""
     tokens = ROWS // (num_heads // num_kv_heads)
-    tiles = _num_tiles(out.shape[0], num_decodes, seq_lens.shape[0], tokens)
+    tiles = num_tiles(out.shape[0], num_decodes, seq_lens.shape[0], tokens)
     prefill = prefill_kernel(head_dim)
     prefill[(tiles, num_kv_heads), THREADS, 0, prefill.shared_bytes](
-        pointer(out), pointer(qkv), pointer(k_cache), pointer(v_cache), pointer(block_tables), pointer(seq_lens),
-        pointer(query_start_loc), num_decodes, seq_lens.shape[0], block_tables.shape[1], scale * LOG2_E, num_heads,
-        num_kv_heads, block_size)
+        pointer(out), pointer(qkv), pointer(k_cache), pointer(v_cache), pointer(block_tables),
+        pointer(seq_lens), pointer(query_start_loc), num_decodes, seq_lens.shape[0], block_tables.shape[1],
+        scale * LOG2_E, num_heads, num_kv_heads, block_size)

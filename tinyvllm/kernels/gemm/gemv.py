@@ -1,15 +1,16 @@
 """GEMV: the matrix product when there are only a few rows of x, as in decoding.
 
-With one to eight rows, each weight is used one to eight times and then never again, so the time is the time to read the
-weights, and the kernel is about memory alone:
+With one to eight rows, each weight is used one to eight times and then never again, so the time is the time
+to read the weights, and the kernel is about memory alone:
 
-    - a warp takes two rows of weight. Lane l reads 16 bytes (8 values) at 8 l, 8 l + 256, ...: a warp reads 512 adjacent
+    - a warp takes two rows of weight. Lane l reads 16 bytes (8 values) at 8 l, 8 l + 256, ...: a warp reads
+    512 adjacent
       bytes in one instruction, and several of them per row are under way before the first is used
     - x is small, used by every warp, and comes from the caches
     - a warp's 32 partial sums are added by shuffles; no shared memory, no barrier
 
-Tensor cores would not help: they would wait for the same bytes. The order of additions depends on K only, so a row gives
-the same bits whether it comes alone or among eight.
+Tensor cores would not help: they would wait for the same bytes. The order of additions depends on K only, so
+a row gives the same bits whether it comes alone or among eight.
 """
 
 import functools
@@ -27,11 +28,11 @@ WARPS, OUTPUTS = 4, 2  # warps a block; rows of weight a warp
 SIGNATURE = ("uint64", "uint64", "uint64", "uint64", "int32", "int32")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def gemv_kernel(ROWS: int):
     """The kernel for exactly ROWS rows of x (a constant in it)."""
-    # 16-byte loads of a weight row that are under way together. With many rows the unrolled loop grows so long that the
-    # compiler leaves it rolled, and then `w` below cannot live in registers.
+    # 16-byte loads of a weight row that are under way together. With many rows the unrolled loop grows so
+    # long that the compiler leaves it rolled, and then `w` below cannot live in registers.
     UNROLL = 4 if ROWS <= 4 else 2
 
     @kernel(signature=SIGNATURE, max_threads=32 * WARPS)
@@ -76,8 +77,8 @@ def gemv_kernel(ROWS: int):
                 if lane == 0 and first + n < num_outputs:
                     if bias != 0:
                         total = total + low_bf16(load_u16(bias + np.uint64(first + n) * np.uint64(2)))
-                    store_u16(out + (np.uint64(m) * np.uint64(num_outputs) + np.uint64(first + n)) * np.uint64(2),
-                              narrow_cuda(total))
+                    element = np.uint64(m) * np.uint64(num_outputs) + np.uint64(first + n)
+                    store_u16(out + element * np.uint64(2), narrow_cuda(total))
 
     return gemv
 

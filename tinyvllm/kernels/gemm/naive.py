@@ -2,10 +2,11 @@
 
     out[t, n] = sum over k of x[t, k] * weight[n, k]
 
-Right, and slow: every thread reads its whole row of x and its whole row of weight from memory, so each element of x is
-read N times and each weight T times. The threads of a warp share a row of x (one load serves all 32), but their weights
-lie K elements apart, so each 2-byte load drags in a 32-byte sector. Per multiply-add the kernel asks for 4 bytes; the
-hardware can do over a hundred in the time that takes. Step 2 (tiled.py) reads each value once a tile instead.
+Right, and slow: every thread reads its whole row of x and its whole row of weight from memory, so each
+element of x is read N times and each weight T times. The threads of a warp share a row of x (one load serves
+all 32), but their weights lie K elements apart, so each 2-byte load drags in a 32-byte sector. Per
+multiply-add the kernel asks for 4 bytes; the hardware can do over a hundred in the time that takes. Step 2
+(tiled.py) reads each value once a tile instead.
 """
 
 import numpy as np

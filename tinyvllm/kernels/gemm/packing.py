@@ -1,22 +1,24 @@
 """The CPU's layout of a linear weight: panels of 16 outputs, in which two neighbouring k stand together.
 
-    weight[n, k]  ->  packed[n // 16, k // 2, 2 * (n % 16) + k % 2]        uint16 [ceil(N / 16), ceil(K / 2), 32]
+    weight[n, k]  ->  packed[n // 16, k // 2, 2 * (n % 16) + k % 2]    uint16 [ceil(N / 16), ceil(K / 2), 32]
 
-    panel p, pair j:   | W[16p, 2j] W[16p, 2j+1] | W[16p+1, 2j] W[16p+1, 2j+1] | ... | W[16p+15, 2j] W[16p+15, 2j+1] |
-                         lane 0                    lane 1                              lane 15
-                       '------------------------------- 64 bytes: one vector register -------------------------------'
+    panel p, pair j:  | W[16p, 2j] W[16p, 2j+1] | W[16p+1, 2j] W[16p+1, 2j+1] | ... | W[16p+15, 2j] ...
+                        lane 0                    lane 1                              lane 15
+                      '------------------------- 64 bytes: one vector register -----------------------'
 
-One load brings what 16 outputs need for two steps of k, and going on along k goes on in memory: a decode step, which
-is nothing but reading weights, reads them in one long sweep. The pairs are what the processor's bf16 dot-product
-instruction takes; a processor without it separates them by a shift and a mask (see cpu.py).
+One load brings what 16 outputs need for two steps of k, and going on along k goes on in memory: a decode
+step, which is nothing but reading weights, reads them in one long sweep. The pairs are what the processor's
+bf16 dot-product instruction takes; a processor without it separates them by a shift and a mask (see cpu.py).
 
-An odd K is padded with a zero. Rows past N in the last panel are zero from `pack_linear`; kernels never look at them.
+An odd K is padded with a zero. Rows past N in the last panel are zero from `pack_linear`; kernels never look
+at them.
 """
 
 import numpy as np
 from numba import prange
 
 from tinyvllm.kernels.jit import cpu_jit
+from tinyvllm.kernels.threads import KERNEL_LOCK, configure_threads
 
 __all__ = ["PANEL", "packed_shape", "pack_linear", "pack_rows", "unpack_linear"]
 
@@ -43,14 +45,17 @@ def pack_rows(packed: np.ndarray, row_offset: int, rows: np.ndarray) -> None:
     """
     panels, pairs, width = packed.shape
     if width != 2 * PANEL or rows.ndim != 2 or -(-rows.shape[1] // 2) != pairs:
-        raise ValueError(f"rows of shape {rows.shape} do not belong in a packed weight of shape {packed.shape}")
+        raise ValueError(f"rows of shape {rows.shape} do not belong in a packed weight of shape "
+                         f"{packed.shape}")
     if row_offset < 0 or row_offset + rows.shape[0] > panels * PANEL:
         raise ValueError(f"rows {row_offset} to {row_offset + rows.shape[0]} are not all within the "
                          f"{panels * PANEL} rows of the packed weight")
     if packed.dtype != np.uint16 or rows.dtype != np.uint16:
         raise TypeError(f"bfloat16 bits are uint16 arrays, got {packed.dtype} and {rows.dtype}")
     if rows.shape[0] and rows.shape[1]:
-        _pack_rows(packed, row_offset, np.require(rows, requirements=["C", "A"]))
+        with KERNEL_LOCK:
+            configure_threads()
+            _pack_rows(packed, row_offset, np.require(rows, requirements=["C", "A"]))
 
 
 @cpu_jit(parallel=True)
@@ -72,7 +77,7 @@ def _pack_rows(packed, row_offset, rows):
 
 
 def unpack_linear(packed: np.ndarray, num_rows: int, num_columns: int) -> np.ndarray:
-    """packed uint16 [ceil(N/16), ceil(K/2), 32] -> weight uint16 [num_rows, num_columns]. For tests and reading."""
+    """packed uint16 [ceil(N/16), ceil(K/2), 32] -> weight uint16 [num_rows, num_columns]. For reading."""
     panels, pairs, _ = packed.shape
     weight = packed.reshape(panels, pairs, PANEL, 2).transpose(0, 2, 1, 3).reshape(panels * PANEL, 2 * pairs)
     return np.ascontiguousarray(weight[:num_rows, :num_columns])

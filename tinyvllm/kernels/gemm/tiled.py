@@ -1,20 +1,20 @@
 """GEMM, step 2: tiles in shared memory.
 
-A block owns a 16 x 16 tile of the output and walks along k in steps of 16. In each step its 256 threads fetch a 16 x 16
-tile of x and one of weight into shared memory, wait for each other, and then every thread uses 16 values of each, all of
-which some neighbour fetched. Each value is read from memory once a tile instead of once an output: 16 times less
-traffic. It also turns the awkward access of step 1 into a friendly one: the fetch runs along rows, where neighbours in
-memory are neighbours in the warp.
+A block owns a 16 x 16 tile of the output and walks along k in steps of 16. In each step its 256 threads fetch
+a 16 x 16 tile of x and one of weight into shared memory, wait for each other, and then every thread uses 16
+values of each, all of which some neighbour fetched. Each value is read from memory once a tile instead of
+once an output: 16 times less traffic. It also turns the awkward access of step 1 into a friendly one: the
+fetch runs along rows, where neighbours in memory are neighbours in the warp.
 
     for k0 in 0, 16, 32, ...:              x[16 rows, k0 : k0 + 16]  @  weight[16 rows, k0 : k0 + 16].T
         fetch both tiles | barrier | multiply | barrier
 
-The two barriers have different jobs: the first, that a tile is complete before anyone reads it; the second, that all have
-read it before anyone overwrites it. The weight tile has a 17th column, so that the 16 threads that read down a column hit
-16 different banks of shared memory.
+The two barriers have different jobs: the first, that a tile is complete before anyone reads it; the second,
+that all have read it before anyone overwrites it. The weight tile has a 17th column, so that the 16 threads
+that read down a column hit 16 different banks of shared memory.
 
-Still, each multiply-add costs two reads of shared memory, and that is now the limit. Step 3 (tensor_core.py) hands whole
-tiles to the tensor cores.
+Still, each multiply-add costs two reads of shared memory, and that is now the limit. Step 3 (tensor_core.py)
+hands whole tiles to the tensor cores.
 """
 
 import numpy as np
@@ -58,4 +58,5 @@ def _tiled_kernel(out, x, weight, bias):
 
 def linear_tiled_cuda(out, x, weight, bias):
     """As linear_numpy, on device arrays; any shape."""
-    _tiled_kernel[(ceil_div(out.shape[1], TILE), ceil_div(out.shape[0], TILE)), (TILE, TILE)](out, x, weight, array_or_empty(bias))
+    grid = ceil_div(out.shape[1], TILE), ceil_div(out.shape[0], TILE)
+    _tiled_kernel[grid, (TILE, TILE)](out, x, weight, array_or_empty(bias))
