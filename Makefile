@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+LAB_ARGS ?=          # for example LAB_ARGS='--no-browser --port 8890'
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo lab test gpu-test gpu-bench bench clean
@@ -36,10 +37,10 @@ demo: $(VENV)/.base
 	$(BIN)/python -m tinyvllm demo
 
 lab: $(VENV)/.base
-	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+	$(BIN)/jupyter lab $(LAB_ARGS) notebooks/00_start_here.ipynb
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not gpu"
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=120 notebooks
 
 bench: $(VENV)/.base

@@ -313,7 +313,8 @@ def _model(rng, num_heads, num_kv_heads, head_dim, layers=3, hidden=96, intermed
     vectors = {name: random_bf16(rng, layers, width if bias else 0) for name, width in widths.items()}
     vectors |= {name: random_bf16(rng, layers, hidden) for name in ("input_norm", "post_attention_norm")}
     cos_sin = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    vectors |= {"final_norm": random_bf16(rng, hidden), "no_bias": NO_BIAS, "cos_sin": float32_to_bf16(cos_sin)}
+    vectors |= {"final_norm": random_bf16(rng, hidden), "no_bias": NO_BIAS,
+                "cos_sin": float32_to_bf16(cos_sin)}
     packed = {name: np.stack([pack_linear(x) for x in array]) if array.ndim == 3 else pack_linear(array)
               for name, array in tables.items()}
     dims = Dims(layers, num_heads, num_kv_heads, head_dim, 8, head_dim ** -0.5, 1e-5)
@@ -333,7 +334,8 @@ class _Run:
                                poisoned(64, intermediate), poisoned(8, hidden), poisoned(8, vocab_size))
 
     def step(self, *requests):
-        """requests: (block ids, token ids of the step, position of the first). Returns the last rows' logits."""
+        """requests: (block ids, token ids of the step, position of the first). Returns last rows' logits."""
+
         def int32(values):
             return np.array(values, np.int32)
 

@@ -29,7 +29,8 @@ print(json.dumps({"counts": counts, "cores": cores, "spin": os.environ.get("GOMP
 
 def report(**environment):
     settings = ("NUMBA_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    environment = {**{name: value for name, value in os.environ.items() if name not in settings}, **environment}
+    kept = {name: value for name, value in os.environ.items() if name not in settings}
+    environment = {**kept, **environment}
     done = subprocess.run([sys.executable, "-c", REPORT], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -17,7 +17,8 @@ def make_llm():
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_eight_completions_and_a_summary(terminal):
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=120, height=40)
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=120, height=40,
+                      _environ={"TERM": "xterm-256color"})  # not the TERM of whoever runs the tests
     outputs = run_demo(make_llm, console=console)
     text = console.file.getvalue()
     assert len(outputs) == len(PROMPTS) == 8

@@ -82,7 +82,7 @@ def outside_words(count: int, seed: int = 12) -> list[Exam]:
 
 
 def new_wordings(count: int, seed: int = 15) -> list[Exam]:
-    """Requests in sentences that training never saw (NEW_WORDINGS), with listed and outside words by turns."""
+    """Requests in sentences that training never saw (NEW_WORDINGS); listed and outside words by turns."""
     rng = random.Random(seed)
     exams = []
     while len(exams) < count:
@@ -97,7 +97,7 @@ def new_wordings(count: int, seed: int = 15) -> list[Exam]:
 
 
 def story_questions(count: int, seed: int = 13) -> list[Exam]:
-    """A chat with a grammar story as the first answer (a third of them with open words), then one question."""
+    """A chat whose first answer is a grammar story (a third of them with open words), then one question."""
     rng = random.Random(f"questions {seed}")
     exams = []
     while len(exams) < count:
@@ -152,7 +152,7 @@ def holds(text: str, word: str) -> bool:
 
 
 def distinct_share(text: str, n: int = 4) -> float:
-    """Share of different n-grams among the n-grams of words: 1 where nothing is said twice, near 0 in a loop."""
+    """Share of different n-grams among all n-grams of words: 1 if nothing is said twice, near 0 in a loop."""
     words = text.split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0

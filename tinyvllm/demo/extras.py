@@ -21,6 +21,6 @@ def require(*packages: str):
         except ImportError as error:
             raise MissingExtraError(
                 f"The demo model's recipe needs {package!r}, which is not installed ({error}). "
-                "Install the extra: pip install 'tinyvllm[train]'. Running the shipped model needs none of it."
+                "Install the extra: pip install 'tinyvllm[train]'. The shipped model runs without it."
             ) from error
     return modules[0]

@@ -209,8 +209,8 @@ def _train(options, device: str, tokenizer, scratch: Path, begun: float, workers
                 shown += 1
                 tokens = step * options.batch * shape.context
                 log.append({"seconds": round(elapsed, 1), "step": step, "loss": round(loss.item(), 4)})
-                bar.write(f"{elapsed:6.1f} s  step {step}  {tokens / 1e6:.0f}M tokens  loss {loss.item():.4f}  "
-                          f"fresh {pool.fresh_tokens / 1e6:.0f}M")  # fmt: skip
+                line = f"{elapsed:6.1f} s  step {step}  {tokens / 1e6:.0f}M tokens  loss {loss.item():.4f}"
+                bar.write(f"{line}  fresh {pool.fresh_tokens / 1e6:.0f}M")
     trained = time.monotonic() - start
     with torch.no_grad():
         held_out_loss = loss_of((validation[0][: options.batch], validation[1][: options.batch])).item()

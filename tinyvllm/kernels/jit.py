@@ -146,7 +146,7 @@ def fingerprint(function: Callable) -> str:
                 return
             seen.add(id(value))
             visit_code(value.__code__)
-            for free, cell in zip(value.__code__.co_freevars, value.__closure__ or ()):
+            for free, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
                 visit(free, cell.cell_contents)
             if not _foreign(value):
                 for global_name in sorted(set(names_of(value.__code__))):
@@ -250,6 +250,7 @@ class KernelCache(_Cache):
     # How a compiled function becomes bytes and back (cuda_cache.py has its own three).
 
     def _load(self, target_context, payload: bytes):
+        numba.get_num_threads()  # starts the threads: linking parallel code needs their symbols
         return compiler.CompileResult._rebuild(target_context, *pickle.loads(payload))
 
     def _dump(self, result) -> bytes:

@@ -1,4 +1,4 @@
-"""Who and what a story is about, and how the text refers to them: full at first mention, short from then on."""
+"""Who and what a story is about, and how the text refers to them: first in full, from then on briefly."""
 
 from dataclasses import dataclass
 

@@ -34,7 +34,7 @@ _VOWEL_SOUND = re.compile(
 
 
 def a_or_an(noun_phrase: str) -> str:
-    """The indefinite article for `noun_phrase`, by its sound as far as spelling tells it: an hour, a unicorn."""
+    """The indefinite article for `noun_phrase`, by sound as far as spelling tells: an hour, a unicorn."""
     if re.match(r"(?:one|once|eu|ewe)", noun_phrase, re.IGNORECASE):
         return "a"
     return "an" if _VOWEL_SOUND.match(noun_phrase) else "a"

@@ -7,8 +7,10 @@ from functools import lru_cache
 
 from tinyvllm.demo.fables import lexicon
 
-_ONSETS = ("b c d f g h j k l m n p r s t v w z b d f g k l m n p r s t bl br ch cl cr dr fl fr gl gr kn ph pl pr qu sc "
-           "sh sk sl sm sn sp st str sw th thr tr tw wh x y").split()  # fmt: skip
+_ONSETS = (
+    "b c d f g h j k l m n p r s t v w z b d f g k l m n p r s t bl br ch cl cr dr fl fr gl gr kn ph pl pr "
+    "qu sc sh sk sl sm sn sp st str sw th thr tr tw wh x y"
+).split()
 _NUCLEI = "a e i o u a e i o u ai au ea ee ei ie io oa oo ou ue y ia eo uo".split()
 _CODAS = ("", "", "", "", "b", "ck", "d", "f", "g", "l", "ll", "lt", "m", "mp", "n", "nd", "ng", "nk", "nt",
     "p", "r", "rd",
@@ -38,7 +40,7 @@ _TITLES = (
 
 @lru_cache(maxsize=1)
 def reserved() -> frozenset[str]:
-    """Words that only the evaluation may use: no generated word may equal one of them (see demo/outside.py)."""
+    """Words that only the evaluation may use (demo/outside.py): no generated word may equal one."""
     from tinyvllm.demo.outside import OUTSIDE_WORDS
 
     return OUTSIDE_WORDS

@@ -7,32 +7,27 @@ from dataclasses import dataclass, field
 
 from tinyvllm.demo.fables import lexicon
 from tinyvllm.demo.fables.cast import Character, Thing
-from tinyvllm.demo.fables.lexicon import DRAWN_HEROES, HEROES, NAMES, OBJECTS, PLACES, THEMES, with_article
-from tinyvllm.demo.fables.open_words import open_adjective, open_name, open_noun, open_word
-from tinyvllm.demo.fables.phrases import (
-    AFTER,
-    ASKS,
-    BEFORE,
-    BOTH,
-    BOTH_SENTENCES,
-    CLAUSES,
-    FINDS,
-    HERO_ONLY,
-    HERO_SENTENCES,
-    LOOSE_ASKS,
-    NEITHER,
-    SUBJECTS,
-    THING_ONLY,
-    THING_SENTENCES,
-    VERBS,
-    WHEN,
+from tinyvllm.demo.fables.lexicon import (
+    DRAWN_HEROES,
+    HERE,
+    HEROES,
+    NAMES,
+    OBJECTS,
+    PLACES,
+    THEMES,
+    read_lines,
+    with_article,
 )  # fmt: skip
+from tinyvllm.demo.fables.open_words import open_adjective, open_name, open_noun, open_word
 from tinyvllm.demo.fables.story import cast_character, cast_thing, held_out, pick
 from tinyvllm.demo.fables.template import capital, render
 
-LOOSE_SHARE = 0.3
-COMMON_WORDS = ("hero story main thing person idea character role picture animal wish word toy subject guest topic plan book "
-                "whole nice other new little best one day time way part line name first last").split()  # fmt: skip
+LOOSE_SHARE = (
+    0.3  # of the requests with hero and object, those put together from sentences of words/loose.txt
+)
+PHRASES = read_lines(HERE / "words" / "phrases.txt")
+LOOSE = read_lines(HERE / "words" / "loose.txt")
+LOOSE["asks"] += ["", ""]  # now and then nobody asks
 
 
 @dataclass
@@ -47,7 +42,7 @@ class Request:
 
 
 def asked_hero(rng, is_open: bool) -> tuple[Character, str]:
-    """A hero somebody may ask for, and the phrase that asks: "a fox", "Tilda", "my dog Rex", "a brave zorb"."""
+    """A hero somebody may ask for, and the phrase: "a fox", "Tilda", "my dog Rex", "a brave zorb"."""
     if is_open:
         swapped = rng.random() < 0.12  # a teapot can be a hero as well
         noun = pick(rng, OBJECTS) if swapped else open_noun(rng)
@@ -127,31 +122,26 @@ def request(rng, open_share: float = 0.45) -> Request:
     friend, friend_phrase = asked_hero(rng, is_open and rng.random() < 0.3)
     theme, place = pick(rng, THEMES), asked_place(rng)
     way = pick(rng, ("found",) * 7 + ("given", "bought", "made"))
-    ask = render(pick(rng, ASKS), {}, rng)
+    ask = render(pick(rng, PHRASES["asks"]), {"kind": lambda dice: pick(dice, PHRASES["kinds"])}, rng)
     draw = rng.random()
-    patterns = (
-        BOTH
-        if draw < 0.72 or is_open
-        else HERO_ONLY
-        if draw < 0.85
-        else THING_ONLY
-        if draw < 0.93
-        else NEITHER
-    )
+    section = "both" if draw < 0.72 or is_open else "hero only" if draw < 0.85 else "thing only"
+    if draw >= 0.93 and not is_open:
+        section = "neither"
     if is_open and draw < 0.12:
-        patterns = HERO_ONLY if which < 0.75 else THING_ONLY
-    pattern = _loose(rng) if patterns is BOTH and rng.random() < LOOSE_SHARE else pick(rng, patterns)
+        section = "hero only" if which < 0.75 else "thing only"
+    loose = section == "both" and rng.random() < LOOSE_SHARE
+    pattern = _loose(rng) if loose else pick(rng, PHRASES[section])
     if "{f}" in pattern and (friend.noun == hero.noun or (friend.name and friend.name == hero.name)):
         return request(rng, open_share)
     scene = {
         "ask": ask.rstrip("?"), "h": hero_phrase, "o": thing_phrase, "n": thing.noun, "f": friend_phrase,
-        "theme": theme, "place": place, "finds": lambda dice: render(FINDS[way], {}, dice),
-        "clause": lambda dice: render(pick(dice, CLAUSES), {"w": open_word, "x": open_name}, dice),
-        "w": lambda dice: open_word(dice) if dice.random() < 0.4 else pick(dice, COMMON_WORDS),
+        "theme": theme, "place": place, "finds": lambda dice: pick(dice, PHRASES[f"finds {way}"]),
+        "clause": lambda dice: render(pick(dice, PHRASES["clauses"]), {"w": open_word, "x": open_name}, dice),
+        "w": lambda dice: open_word(dice) if dice.random() < 0.4 else pick(dice, LOOSE["words"]),
         "x": open_name,
-        "v": lambda dice: open_word(dice) if dice.random() < 0.15 else pick(dice, VERBS),
-        "s": lambda dice: open_name(dice) if dice.random() < 0.1 else pick(dice, SUBJECTS),
-        "t": lambda dice: pick(dice, WHEN),
+        "v": lambda dice: open_word(dice) if dice.random() < 0.15 else pick(dice, LOOSE["verbs"]),
+        "s": lambda dice: open_name(dice) if dice.random() < 0.1 else pick(dice, LOOSE["subjects"]),
+        "t": lambda dice: pick(dice, LOOSE["times"]),
     }  # fmt: skip
     text = _finish(
         rng, render(pattern, scene, rng), "?" if "?" in ask else "." if "{ask}" in pattern else "", scene
@@ -174,10 +164,10 @@ def request(rng, open_share: float = 0.45) -> Request:
 def _loose(rng) -> str:
     """A pattern of sentences: the hero, the object, and an ask before or after them."""
     if rng.random() < 0.5:
-        middle = pick(rng, BOTH_SENTENCES)
+        middle = pick(rng, LOOSE["both"])
     else:
-        middle = f"{pick(rng, HERO_SENTENCES)} {pick(rng, THING_SENTENCES)}"
-    ask = pick(rng, LOOSE_ASKS)
+        middle = f"{pick(rng, LOOSE['hero'])} {pick(rng, LOOSE['thing'])}"
+    ask = pick(rng, LOOSE["asks"])
     return f"{ask} {middle}" if rng.random() < 0.3 else f"{middle} {ask}"
 
 
@@ -195,7 +185,8 @@ def _finish(rng, text: str, mark: str, scene: dict) -> str:
     if draw < 0.14 and text[-1] not in "?!":
         return text.rstrip(".") + "!"
     if draw < 0.26:
-        return f"{render(pick(rng, BEFORE), scene, rng)} {text}"
+        return f"{render(pick(rng, PHRASES['before']), scene, rng)} {text}"
     if draw < 0.34:
-        return f"{text.rstrip('.')}{'' if text[-1] in '?!' else '.'} {render(pick(rng, AFTER), scene, rng)}"
+        stop = "" if text[-1] in ".?!" else "."
+        return f"{text}{stop} {render(pick(rng, PHRASES['after']), scene, rng)}"
     return text

@@ -120,7 +120,7 @@ def cast_character(
 
 
 def cast_thing(rng, noun=None, adjective=None, plural=None) -> Thing:
-    """The object: a drawn one, or the one given; a thing of no list is good for the problems of any object."""
+    """The object: drawn or given; a thing of no list is good for the problems of any object."""
     drawn, own = pick(rng, OBJECTS), pick(rng, ADJECTIVES["thing"])
     wants_adjective = rng.random() < 0.4
     noun = noun or drawn
@@ -149,7 +149,7 @@ def _pick_sky(rng, taste: Taste, problem: Problem) -> Sky:
 
 
 def _drawn_time(section: str, taste: Taste, sky: Sky, used: set[str]):
-    """A callable that draws a phrase of time, never the same twice, and none that clashes with the weather."""
+    """A callable that draws a phrase of time: none twice, and none that clashes with the weather."""
     clash = re.compile(_CLASHES.get(sky.weather.name, "$^"))
 
     def draw(rng) -> str:

@@ -1,25 +1,21 @@
 """Small instructions beside stories: repeat after me, opposites, counting, finding a word in a list."""
 
 from tinyvllm.demo.fables import lexicon
+from tinyvllm.demo.fables.lexicon import HERE, read_list
 from tinyvllm.demo.fables.open_words import open_name, open_word
 from tinyvllm.demo.fables.story import pick, tell
 from tinyvllm.demo.fables.template import capital, render
 
 Turn = tuple[str, str]
-NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-           "seventeen eighteen nineteen twenty").split()  # fmt: skip
-OPPOSITES = [pair.split("-") for pair in (
-    "hot-cold big-small tall-short fast-slow up-down day-night happy-sad wet-dry rich-poor loud-quiet hard-soft "
-    "full-empty open-closed early-late high-low near-far clean-dirty kind-cruel brave-timid strong-weak thick-thin "
-    "wide-narrow heavy-light first-last left-right good-bad sweet-sour rough-smooth deep-shallow young-old push-pull "
-    "give-take win-lose laugh-cry awake-asleep summer-winter friend-enemy true-false over-under before-after more-less "
-    "always-never lost-found proud-humble lazy-hardworking sharp-dull north-south east-west love-hate black-white "
-    "top-bottom front-back calm-stormy inside-outside begin-end morning-evening sunrise-sunset question-answer "
-    "come-go buy-sell arrive-leave remember-forget").split()]  # fmt: skip
-COMMANDS = ["Repeat after me:", "Repeat after me:", "Repeat:", "Please repeat:", "Say this back to me:",
-    "Say:", "Echo:",
-            "Copy these words:", "Copy this:", "Repeat the following:", "Repeat exactly:",
-            "Please say:"]  # fmt: skip
+NUMBERS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen twenty"
+).split()
+OPPOSITES = [pair.split("-") for pair in read_list(HERE / "words" / "opposites.txt")[""]]
+COMMANDS = [
+    "Repeat after me:", "Repeat after me:", "Repeat:", "Please repeat:", "Say this back to me:", "Say:",
+    "Echo:", "Copy these words:", "Copy this:", "Repeat the following:", "Repeat exactly:", "Please say:",
+]  # fmt: skip
 
 
 def _listed_words() -> list[str]:

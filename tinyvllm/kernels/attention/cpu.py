@@ -8,8 +8,8 @@ as long as the context. Online softmax instead keeps, for each query, what the k
 and when a tile of keys brings a larger score, scales l and acc by exp(m_old - m_new) and goes on. At the end
 out = acc / l.
 
-    keys       |<- tile 0: 0..63 ->|<- tile 1: 64..127 ->| ...    tiles start at position 0, whatever the chunk
-    query 70    oooooooooooooooooo  ooooooo................       o: visible (position <= 70)   .: score -inf
+    keys       |<- tile 0: 0..63 ->|<- tile 1: 64..127 ->| ...   tiles start at position 0, whatever the chunk
+    query 70    oooooooooooooooooo  ooooooo................      o: visible (position <= 70)   .: score -inf
 
 A task is one key/value head and some query rows of a request, up to 64 queries with all query heads that
 share the head (GQA). A tile's keys and values are read once for all of them, through the block table: keys
