@@ -102,14 +102,14 @@ class RowMaker:
 def work(
     tokenizer_file: str, folder: str, worker: int, seed: int, shards: int, rows: int = ROWS_PER_SHARD
 ) -> None:
-    """A worker's whole life: write `shards` files of rows, or until a file called "stop" appears."""
-    target = Path(folder)
+    """A worker's whole life: write `shards` files of rows, as long as the training process lives."""
+    target, parent = Path(folder), os.getppid()
     maker = RowMaker(Tokenizer.from_file(tokenizer_file), seed * 1000 + worker)
     for shard in range(shards):
-        if (target / "stop").exists():
-            return
         while len(list(target.glob("rows_*.npy"))) > MOST_SHARDS:  # training is behind: wait for it
             time.sleep(0.5)
+            if os.getppid() != parent:  # the training process is gone
+                return
         made = maker.rows(
             rows if shard else max(1, rows // 6)
         )  # a small first shard, so that training starts soon

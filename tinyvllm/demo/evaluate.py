@@ -8,15 +8,21 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from tinyvllm.demo.extras import require
+from tinyvllm.demo.extras import MissingExtraError, require
 
-torch = require("torch", "transformers")
+try:
+    torch = require("torch", "transformers")
+except MissingExtraError as error:
+    if __name__ == "__main__":
+        sys.exit(str(error))
+    raise
 
 from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: E402
 

@@ -11,26 +11,31 @@ import json
 import math
 import os
 import platform
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
-from tinyvllm.demo.extras import require
+from tinyvllm.demo.extras import MissingExtraError, require
 
-torch = require("torch", "safetensors.torch", "tokenizers")
+try:
+    torch = require("torch", "safetensors.torch", "tokenizers")
+except MissingExtraError as error:
+    if __name__ == "__main__":
+        sys.exit(str(error))
+    raise
+
+from tokenizers import Tokenizer  # noqa: E402
 
 from tinyvllm.demo.corpus import NO_LOSS, RowMaker, start_workers, stop_workers  # noqa: E402
 from tinyvllm.demo.network import TOY, Network, Shape, hf_config, hf_names, hf_tensors  # noqa: E402
 from tinyvllm.demo.tokenizer_recipe import SPECIAL_TOKENS, train_tokenizer, write_tokenizer  # noqa: E402
 
 WARM_UP, FLOOR, CLIP = 0.015, 0.02, 1.0
-BATCHES_AHEAD = (
-    1500  # unread batches on the device, 0.4 GB at the default size; four times as many rows are kept
-)
+BATCHES_AHEAD = 1500  # unread batches on the device (0.4 GB at the default size); four times as many are kept
 
 
 def learning_rate(progress: float, peak: float) -> float:

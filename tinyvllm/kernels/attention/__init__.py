@@ -9,7 +9,7 @@ table.
     decode.py           the same on tensor cores; in use
     cuda.py             which of them `attention` takes
 
-    cpu.py              the CPU's kernel
+    cpu.py              the CPU's kernel, with vectors.py for its inner loops
 
 All of them cut the context at fixed positions, counted from its first token, and add in that order. So what a
 row gets from a kernel does not depend on how its prompt was cut into chunks, on what was in the cache
