@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 LAB_ARGS ?=          # for example LAB_ARGS='--no-browser --port 8890'
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo lab test gpu-test gpu-bench bench clean
+.PHONY: help demo lab test gpu-test bench clean
 
 help:
 	@echo "make demo       set up, then eight prompts on the embedded model, watched live in the terminal"

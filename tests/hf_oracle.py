@@ -30,3 +30,34 @@ def run_oracle(folder, prompt: list[int], num_new_tokens: int = NUM_NEW_TOKENS,
         logits = torch.cat(rows)
         truth = model.float()(torch.tensor([prompt + tokens[:-1]], device=device)).logits[0, -len(logits):]
     return {"tokens": np.array(tokens, np.int32), "logits": logits.float().cpu().numpy(), "truth": truth.cpu().numpy()}
+
+
+def greedy_stories(folder, prompts: list[list[int]], attention: str = "sdpa", max_new_tokens: int = 600):
+    """Greedy continuations in bfloat16 by transformers' own generate(), one prompt at a time: lists of token ids."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation=attention).eval()
+    with torch.inference_mode():
+        return [model.generate(torch.tensor([prompt]), do_sample=False,
+                               max_new_tokens=max_new_tokens)[0].tolist()[len(prompt):] for prompt in prompts]
+
+
+def demo_chats(folder, prompts: list[list[int]]) -> list[dict[str, np.ndarray]]:
+    """Greedy stories; for each token the choice given the ones before, its logit's size and lead over the second."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.parity_cases import choice_gaps
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    chats = []
+    for prompt, tokens in zip(prompts, greedy_stories(folder, prompts)):
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1:].float().numpy()
+        # "choices" are this pass's; the token-by-token pass that wrote the story may have broken a tie otherwise.
+        chats.append({"prompt": np.array(prompt, np.int32), "tokens": np.array(tokens, np.int32),
+                      "choices": logits.argmax(axis=1).astype(np.int32),
+                      "gaps": choice_gaps({"logits": logits}).astype(np.float32),
+                      "best": np.abs(logits).max(axis=1).astype(np.float32)})
+    return chats

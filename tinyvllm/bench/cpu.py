@@ -19,6 +19,7 @@ import time
 import numpy as np
 from tqdm.auto import tqdm
 
+from tinyvllm.bench.environment import describe_environment
 from tinyvllm.kernels.threads import available_cores, configure_threads
 from tinyvllm.model.config import ModelConfig
 from tinyvllm.model.llama import Batch, Buffers, Dims, KVCache
@@ -234,7 +235,9 @@ def main(argv=None) -> None:
     print(table(results))
     if options.json:
         with open(options.json, "w") as file:
-            json.dump({"threads": options.threads, "tokens_per_second": results}, file, indent=1)
+            json.dump({"environment": describe_environment(*(("torch", "transformers") if options.peer else ())),
+                       "config": options.config or "Llama 3.2 1B", "threads": options.threads,
+                       "tokens_per_second": results}, file, indent=1)
 
 
 if __name__ == "__main__":
