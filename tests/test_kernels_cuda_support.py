@@ -67,3 +67,17 @@ def test_every_kernel_module_imports_and_the_cpu_runs_where_numba_cuda_is_missin
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     assert "numba-cuda" in run.stdout
+
+
+def test_cublas_is_an_option_and_anything_else_is_refused_by_name(monkeypatch):
+    from tinyvllm.errors import ConfigError
+    from tinyvllm.kernels import cuda_backend
+    from tinyvllm.kernels.gemm.cublas import linear_cublas_cuda
+
+    monkeypatch.delenv("TINYVLLM_CUDA_LINEAR", raising=False)
+    assert cuda_backend.chosen_operations() == dict(cuda_backend.OPS)
+    monkeypatch.setenv("TINYVLLM_CUDA_LINEAR", "cublas")
+    assert cuda_backend.chosen_operations()["linear"] is linear_cublas_cuda
+    monkeypatch.setenv("TINYVLLM_CUDA_LINEAR", "mkl")
+    with pytest.raises(ConfigError, match="TINYVLLM_CUDA_LINEAR is 'mkl'; it can be tinyvllm or cublas"):
+        cuda_backend.chosen_operations()

@@ -7,13 +7,21 @@ pass of a toy model can be stepped through without a GPU.
 Kernels are compiled at their first launch, or loaded from disk. gemm/gemv.py has one kernel for each number
 of rows from 1 to 8, so a server that wants no hiccup runs one step at each of those batch sizes before it
 takes requests.
+
+TINYVLLM_CUDA_LINEAR = tinyvllm | cublas chooses who multiplies matrices: our kernels, the default, or NVIDIA's library,
+for comparison.
 """
 
+import os
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
+
+from tinyvllm.errors import ConfigError
 
 from tinyvllm.kernels.argmax import argmax_cuda
 from tinyvllm.kernels.attention.cuda import attention_cuda
 from tinyvllm.kernels.embedding import embedding_cuda, gather_rows_cuda
+from tinyvllm.kernels.gemm.cublas import linear_cublas_cuda
 from tinyvllm.kernels.gemm.cuda import linear_cuda
 from tinyvllm.kernels.kv_cache import write_kv_cuda
 from tinyvllm.kernels.residual_add import residual_add_cuda
@@ -22,7 +30,7 @@ from tinyvllm.kernels.rope import rope_cuda
 from tinyvllm.kernels.sampling import sample_cuda
 from tinyvllm.kernels.silu_mul import silu_mul_cuda
 
-__all__ = ["OPS"]
+__all__ = ["OPS", "chosen_operations"]
 
 OPS = MappingProxyType({
     "embedding": embedding_cuda,
@@ -38,3 +46,13 @@ OPS = MappingProxyType({
     "argmax": argmax_cuda,
     "sample": sample_cuda,
 })
+
+LINEARS = MappingProxyType({"tinyvllm": linear_cuda, "cublas": linear_cublas_cuda})
+
+
+def chosen_operations() -> Mapping[str, Callable]:
+    """OPS, with the `linear` that TINYVLLM_CUDA_LINEAR names. Raises ConfigError for a name that is none."""
+    wanted = os.environ.get("TINYVLLM_CUDA_LINEAR", "tinyvllm")
+    if wanted not in LINEARS:
+        raise ConfigError(f"TINYVLLM_CUDA_LINEAR is {wanted!r}; it can be {' or '.join(LINEARS)}")
+    return {**OPS, "linear": LINEARS[wanted]}

@@ -21,9 +21,9 @@ class CUDABackend:
 
     def __init__(self, enforce_eager: bool = False):
         require_cuda()
-        self.forward = llama.bind(cuda_backend.OPS)
-        self.argmax = cuda_backend.OPS["argmax"]
-        self.sample = cuda_backend.OPS["sample"]
+        operations = cuda_backend.chosen_operations()
+        self.forward = llama.bind(operations)
+        self.argmax, self.sample = operations["argmax"], operations["sample"]
 
     def linear_shape(self, num_rows: int, num_columns: int) -> tuple[int, ...]:
         return num_rows, num_columns
