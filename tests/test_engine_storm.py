@@ -4,8 +4,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from tests.test_events import assert_state_equals_engine, catch_up
 from tests.toy import continuation, run, toy_engine
 from tinyvllm import SamplingParams
+from tinyvllm.engine.events import EventLog
+from tinyvllm.engine.state import EngineState
 
 
 class Storm(RuleBasedStateMachine):
@@ -17,6 +20,8 @@ class Storm(RuleBasedStateMachine):
     def start(self, num_blocks, block_size, seats, budget, caching, policy, use_kv_cache):
         self.engine = toy_engine(num_blocks, block_size, seats, budget, scheduling_policy=policy,
                                  enable_prefix_caching=caching and use_kv_cache, use_kv_cache=use_kv_cache)
+        self.log, self.state = EventLog(), EngineState()
+        self.engine.listen(self.log)
         self.capacity = num_blocks * block_size
         self.expected, self.aborted, self.done = {}, set(), {}
 
@@ -55,6 +60,8 @@ class Storm(RuleBasedStateMachine):
     def the_books_balance(self):
         if hasattr(self, "engine"):
             self.engine.kv_cache_manager.check()
+            catch_up(self.state, self.log)
+            assert_state_equals_engine(self.state, self.engine)
 
     def _take(self, outputs):
         for output in outputs:
@@ -75,6 +82,6 @@ class Storm(RuleBasedStateMachine):
         assert self.engine.stats.num_free_blocks == self.engine.stats.num_blocks
 
 
-Storm.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, derandomize=True,
+Storm.TestCase.settings = settings(max_examples=400, stateful_step_count=40, deadline=None, derandomize=True,
                                    suppress_health_check=list(HealthCheck))
 test_storm = Storm.TestCase

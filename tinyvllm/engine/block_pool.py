@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from tinyvllm.engine.events import EventLog
+
 BlockHash = bytes
 NO_PARENT: BlockHash = b""
 
@@ -49,6 +51,7 @@ class BlockPool:
 
     def __init__(self, num_blocks: int, block_size: int, enable_caching: bool = True,
                  hash_fn: Callable[[BlockHash, Sequence[int]], BlockHash] = hash_block):
+        self.events: EventLog | None = None  # set by LLMEngine.listen
         self.block_size = block_size
         self.enable_caching = enable_caching
         self.hash_fn = hash_fn
@@ -75,12 +78,17 @@ class BlockPool:
         if count > self.num_free_blocks:
             raise RuntimeError(f"{count} blocks asked for, {self.num_free_blocks} free")
         taken = []
+        evicted = []
         for _ in range(count):
             block_id, _ = self.free_block_queue.popitem(last=False)
             block = self.blocks[block_id]
-            self._evict(block)
+            if block.block_hash is not None:
+                self._evict(block)
+                evicted.append(block_id)
             block.ref_cnt = 1
             taken.append(block)
+        if evicted and self.events is not None:
+            self.events.emit("blocks_evicted", None, evicted)
         return taken
 
     def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
@@ -123,15 +131,17 @@ class BlockPool:
 
     def reset_cache(self) -> None:
         """Forget every hash: nothing is found until it is computed anew."""
-        for block in list(self.cached_blocks.values()):
+        forgotten = list(self.cached_blocks.values())
+        for block in forgotten:
             self._evict(block)
         self.num_evictions = 0
+        if forgotten and self.events is not None:
+            self.events.emit("blocks_evicted", None, [block.block_id for block in forgotten])
 
     def _evict(self, block: KVCacheBlock) -> None:
-        if block.block_hash is not None:
-            del self.cached_blocks[block.block_hash]
-            block.block_hash, block.parent_hash, block.token_ids = None, NO_PARENT, ()
-            self.num_evictions += 1
+        del self.cached_blocks[block.block_hash]
+        block.block_hash, block.parent_hash, block.token_ids = None, NO_PARENT, ()
+        self.num_evictions += 1
 
     def check(self) -> None:
         """Raise AssertionError if the books do not balance: used by tests, and cheap enough to call when idle."""

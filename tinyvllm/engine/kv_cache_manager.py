@@ -7,14 +7,16 @@ A contiguous cache is not another implementation: it is block_size = max_model_l
 """
 
 from tinyvllm.engine.block_pool import NO_PARENT, BlockHash, BlockPool, KVCacheBlock
+from tinyvllm.engine.events import EventLog
 from tinyvllm.engine.request import Request
 
 
 class KVCacheManager:
     """Allocates from a BlockPool on behalf of requests."""
 
-    def __init__(self, num_blocks: int, block_size: int, enable_caching: bool = True, pool: BlockPool | None = None):
-        self.pool = pool or BlockPool(num_blocks, block_size, enable_caching)
+    def __init__(self, num_blocks: int, block_size: int, enable_caching: bool = True):
+        self.pool = BlockPool(num_blocks, block_size, enable_caching)
+        self.events: EventLog | None = None  # set by LLMEngine.listen
         self.block_size = block_size
         self.enable_caching = enable_caching
         self.req_to_blocks: dict[str, list[KVCacheBlock]] = {}
@@ -66,6 +68,10 @@ class KVCacheManager:
         block_ids += [block.block_id for block in blocks[len(block_ids):]]
         hashes = self.req_to_hashes.setdefault(request.request_id, [])
         hashes += [block.block_hash for block in computed_blocks]
+        if self.events is not None:
+            for kind, some in (("blocks_shared", computed_blocks), ("blocks_allocated", new_blocks)):
+                if some:
+                    self.events.emit(kind, request.request_id, [block.block_id for block in some])
         return new_blocks
 
     def record_lookup(self, num_queried: int, num_hit: int) -> None:
@@ -83,11 +89,15 @@ class KVCacheManager:
             tokens = request.token_ids[i * self.block_size:(i + 1) * self.block_size]
             parent = hashes[-1] if hashes else NO_PARENT
             hashes.append(self.pool.cache_full_block(blocks[i], parent, tokens))
+            if self.events is not None and blocks[i].block_hash is not None:  # not if an equal one was there before
+                self.events.emit("block_cached", request.request_id, blocks[i].block_id, i)
 
     def free(self, request: Request) -> None:
         """Let go of every block of a request that ended or was preempted. Its cached blocks stay findable."""
         self.pool.free_blocks(self.req_to_blocks.pop(request.request_id, []))
-        self.req_to_block_ids.pop(request.request_id, None)
+        block_ids = self.req_to_block_ids.pop(request.request_id, [])
+        if block_ids and self.events is not None:
+            self.events.emit("blocks_freed", request.request_id, block_ids)
         self.req_to_hashes.pop(request.request_id, None)
 
     def block_ids(self, request: Request) -> list[int]:

@@ -11,9 +11,11 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
+from tinyvllm.engine.events import EventLog
 from tinyvllm.engine.kv_cache_manager import KVCacheManager
 from tinyvllm.engine.request import Request, RequestStatus
 from tinyvllm.engine.scheduler import Scheduler, SchedulerOutput
+from tinyvllm.engine.snapshot import emit_snapshot
 from tinyvllm.errors import RequestError
 from tinyvllm.outputs import CompletionOutput, EngineStats, RequestOutput
 from tinyvllm.sampling_params import SamplingParams
@@ -37,6 +39,7 @@ class LLMEngine:
                  num_blocks: int, block_size: int, max_model_len: int, max_num_seqs: int, max_num_batched_tokens: int,
                  enable_prefix_caching: bool = True, scheduling_policy: str = "continuous", use_kv_cache: bool = True,
                  seed: int = 0):
+        self.events: EventLog | None = None  # see listen()
         self.runner = runner
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -81,6 +84,8 @@ class LLMEngine:
         if self.tokenizer is not None:
             self._detokenizers[request_id] = self.tokenizer.incremental_detokenizer(params.stop, prompt_token_ids=token_ids)
         self.scheduler.add_request(request)
+        if self.events is not None:
+            self.events.emit("request_added", request_id, request.num_prompt_tokens, request.max_len)
         return request_id
 
     def abort(self, request_ids: str | Iterable[str]) -> None:
@@ -99,6 +104,13 @@ class LLMEngine:
     def has_unfinished_requests(self) -> bool:
         return self.scheduler.has_unfinished_requests() or bool(self._aborted)
 
+    def listen(self, events: EventLog | None) -> None:
+        """Emit events into this log from now on, beginning with what is there already; None stops it."""
+        for part in (self, self.scheduler, self.kv_cache_manager, self.kv_cache_manager.pool):
+            part.events = events
+        if events is not None:
+            emit_snapshot(self, events)
+
     # ---- one step ----
 
     def step(self) -> list[RequestOutput]:
@@ -107,6 +119,8 @@ class LLMEngine:
         If the runner raises, the error goes to the caller and the books stay balanced: no token was counted as
         computed, so the next step() tries the same work again.
         """
+        if self.events is not None:
+            self.events.step = self.num_steps + 1  # the step that this scheduling belongs to
         batch = self.scheduler.schedule()
         advanced: list[Request] = []
         if batch.scheduled:
@@ -114,7 +128,7 @@ class LLMEngine:
             for scheduled in batch.scheduled:
                 if scheduled.request.metrics.first_scheduled_time is None:
                     scheduled.request.metrics.first_scheduled_time = now
-            tokens = self.runner.execute(batch)
+            tokens = self._run(batch)
             self._count(batch)
             advanced = self.scheduler.update(batch, tokens)
         outputs, self._aborted = self._aborted, []
@@ -176,6 +190,21 @@ class LLMEngine:
         # A request that alone outgrows the pool could never be finished: it ends with "length" at that point.
         return min(self.max_model_len, self.kv_cache_manager.pool.num_blocks * self.kv_cache_manager.block_size)
 
+    def _run(self, batch: SchedulerOutput) -> dict[str, int]:
+        events = self.events
+        if events is None:
+            return self.runner.execute(batch)
+        events.emit("step_begun", None, batch.total_num_scheduled_tokens,
+                    [[s.request.request_id, s.start, s.num_scheduled_tokens, s.sample] for s in batch.scheduled])
+        start = time.perf_counter_ns()
+        try:
+            tokens = self.runner.execute(batch)
+        except Exception as error:
+            events.emit("step_failed", None, f"{type(error).__name__}: {error}")
+            raise
+        events.emit("step_ended", None, time.perf_counter_ns() - start)
+        return tokens
+
     def _count(self, batch: SchedulerOutput) -> None:
         self.num_steps += 1
         self.last_step_tokens = batch.total_num_scheduled_tokens
@@ -197,12 +226,17 @@ class LLMEngine:
             if detokenizer.stop_reason is not None:
                 request.status = RequestStatus.FINISHED_STOPPED
                 request.stop_reason = detokenizer.stop_reason
+        if request.status.is_finished and detokenizer is not None:
+            new_text += detokenizer.finish()
+        if self.events is not None and request.status is not RequestStatus.FINISHED_ABORTED:
+            self.events.emit("token", request.request_id, request.token_ids[-1], new_text)
         if request.status.is_finished:
-            if detokenizer is not None:
-                new_text += detokenizer.finish()
             metrics.finished_time = now
             self.num_finished += 1
             self.scheduler.finish(request)
+            if self.events is not None:
+                self.events.emit("request_finished", request.request_id, request.finish_reason,
+                                 metrics.num_output_tokens)
             del self._requests[request.request_id]
             self._detokenizers.pop(request.request_id, None)
         metrics.num_cached_tokens = max(0, request.num_cached_tokens)

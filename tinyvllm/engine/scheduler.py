@@ -12,6 +12,7 @@ of the queue; its tokens are recomputed later (and its finished prefix blocks ma
 from collections import deque
 from dataclasses import dataclass, field
 
+from tinyvllm.engine.events import EventLog
 from tinyvllm.engine.kv_cache_manager import KVCacheManager
 from tinyvllm.engine.request import Request, RequestStatus
 
@@ -48,6 +49,7 @@ class Scheduler:
 
     def __init__(self, kv_cache_manager: KVCacheManager, *, max_num_seqs: int, max_num_batched_tokens: int,
                  policy: str = "continuous", use_kv_cache: bool = True):
+        self.events: EventLog | None = None  # set by LLMEngine.listen
         self.kv_cache_manager = kv_cache_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -101,6 +103,8 @@ class Scheduler:
             self.running.append(request)
             shares[request.request_id] = num_new
             budget -= num_new
+            if self.events is not None:
+                self.events.emit("request_scheduled", request.request_id, num_cached, request.metrics.num_preemptions)
 
         for request in self.running:
             if request.request_id in shares:
@@ -141,6 +145,8 @@ class Scheduler:
 
     def _preempt(self, request: Request, output: SchedulerOutput) -> None:
         self.kv_cache_manager.free(request)
+        if self.events is not None:
+            self.events.emit("request_preempted", request.request_id, request.num_computed_tokens)
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0
         request.metrics.num_preemptions += 1

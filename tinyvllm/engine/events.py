@@ -1,0 +1,81 @@
+"""What the engine tells the world: small numbered events, one way, never back.
+
+    (sequence number, t_ns, kind, step, request_id, a, b)
+
+`a` and `b` depend on the kind (the table below). Events are plain tuples of numbers, strings and lists, so that a trace
+is a file of them and a widget needs nothing else. The engine emits them only while somebody listens: without an
+EventLog it spends one comparison with None on each.
+
+| kind | request_id | a | b |
+|---|---|---|---|
+| engine_config | - | {option: value} | - |
+| request_added | yes | tokens of the prompt | most tokens it may have |
+| request_scheduled | yes | tokens found in the prefix cache | number of preemptions so far |
+| request_preempted | yes | tokens that had been computed | - |
+| request_finished | yes | finish reason | output tokens |
+| step_begun | - | tokens in the step | [[request_id, start, count, sampled], ...], decodes first |
+| step_ended | - | nanoseconds the runner took | - |
+| step_failed | - | the error | - |
+| blocks_allocated | yes | [block_id, ...], fresh ones | - |
+| blocks_shared | yes | [block_id, ...], found in the prefix cache | - |
+| block_cached | yes | block_id, full and findable from now on | its number in the request |
+| blocks_evicted | - | [block_id, ...], no longer findable | - |
+| blocks_freed | yes | [block_id, ...], let go by this request | - |
+| token | yes | token id | its text, as far as it is whole |
+"""
+
+import threading
+import time
+from collections import deque
+from typing import Any, NamedTuple
+
+KINDS = ("engine_config", "request_added", "request_scheduled", "request_preempted", "request_finished", "step_begun",
+         "step_ended", "step_failed", "blocks_allocated", "blocks_shared", "block_cached", "blocks_evicted",
+         "blocks_freed", "token")
+
+
+class Event(NamedTuple):
+    """One thing that happened. seq counts up by one; t_ns is time.perf_counter_ns()."""
+
+    seq: int
+    t_ns: int
+    kind: str
+    step: int
+    request_id: str | None
+    a: Any
+    b: Any
+
+
+class EventLog:
+    """A bounded log: the newest `capacity` events. One writer, the engine; any number of readers.
+
+    A reader remembers the next sequence number that it wants. If the log has moved on past it, `read` says so, and
+    the reader asks for a snapshot instead of guessing what it missed.
+    """
+
+    def __init__(self, capacity: int = 100_000):
+        self._events: deque[tuple] = deque(maxlen=capacity)
+        self._lock = threading.Lock()  # a deque must not grow while another thread walks over it
+        self.next_seq = 0
+        self.step = 0  # set by the engine; carried by every event
+
+    def emit(self, kind: str, request_id: str | None = None, a: Any = None, b: Any = None) -> None:
+        """Append an event. `a` and `b` must not be changed afterwards by whoever made them."""
+        with self._lock:
+            self._events.append((self.next_seq, time.perf_counter_ns(), kind, self.step, request_id, a, b))
+            self.next_seq += 1
+
+    def read(self, since: int = 0) -> tuple[list[Event], bool]:
+        """Events from sequence number `since` on, and whether some of them are gone already (a gap)."""
+        with self._lock:
+            if not self._events or since >= self.next_seq:
+                return [], False
+            first = self._events[0][0]
+            skip = max(0, since - first)
+            # From the right: a reader that keeps up wants a handful out of many.
+            count = len(self._events) - skip
+            tail = [self._events[i] for i in range(-count, 0)] if count < 1000 else list(self._events)[skip:]
+        return [Event(*event) for event in tail], since < first
+
+    def __len__(self) -> int:
+        return len(self._events)
