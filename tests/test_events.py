@@ -1,5 +1,6 @@
 """Events: enough to rebuild the engine's state, bounded, numbered, and absent when nobody listens."""
 
+import threading
 import time
 
 import pytest
@@ -136,3 +137,15 @@ def test_an_event_costs_microseconds():
     for i in range(20_000):
         log.emit("token", "a", i, "x")
     assert (time.perf_counter() - start) / 20_000 < 20e-6  # about 1 us where measured; the limit forgives a busy machine
+
+
+def test_a_reader_in_another_thread_misses_nothing_while_the_engine_writes():
+    log, total, seen = EventLog(), 30_000, []
+    writer = threading.Thread(target=lambda: [log.emit("token", "a", i) for i in range(total)])
+    writer.start()
+    while len(seen) < total:
+        events, gap = log.read(len(seen))
+        assert not gap
+        seen += [event.a for event in events]
+    writer.join()
+    assert seen == list(range(total))

@@ -24,9 +24,8 @@ EventLog it spends one comparison with None on each.
 | token | yes | token id | its text, as far as it is whole |
 """
 
-import threading
-import time
 from collections import deque
+from time import perf_counter_ns
 from typing import Any, NamedTuple
 
 KINDS = ("engine_config", "request_added", "request_scheduled", "request_preempted", "request_finished", "step_begun",
@@ -55,27 +54,29 @@ class EventLog:
 
     def __init__(self, capacity: int = 100_000):
         self._events: deque[tuple] = deque(maxlen=capacity)
-        self._lock = threading.Lock()  # a deque must not grow while another thread walks over it
         self.next_seq = 0
         self.step = 0  # set by the engine; carried by every event
 
     def emit(self, kind: str, request_id: str | None = None, a: Any = None, b: Any = None) -> None:
         """Append an event. `a` and `b` must not be changed afterwards by whoever made them."""
-        with self._lock:
-            self._events.append((self.next_seq, time.perf_counter_ns(), kind, self.step, request_id, a, b))
-            self.next_seq += 1
+        # No lock: there is one writer, and appending to a deque is one indivisible step.
+        self._events.append((self.next_seq, perf_counter_ns(), kind, self.step, request_id, a, b))
+        self.next_seq += 1
 
     def read(self, since: int = 0) -> tuple[list[Event], bool]:
         """Events from sequence number `since` on, and whether some of them are gone already (a gap)."""
-        with self._lock:
-            if not self._events or since >= self.next_seq:
-                return [], False
-            first = self._events[0][0]
-            skip = max(0, since - first)
-            # From the right: a reader that keeps up wants a handful out of many.
-            count = len(self._events) - skip
-            tail = [self._events[i] for i in range(-count, 0)] if count < 1000 else list(self._events)[skip:]
-        return [Event(*event) for event in tail], since < first
+        newest_first: list[Event] = []
+        while True:
+            try:
+                # From the right: a reader that keeps up wants a handful out of many.
+                for event in reversed(self._events):
+                    if event[0] < since:
+                        return newest_first[::-1], False
+                    newest_first.append(Event(*event))
+                break
+            except RuntimeError:  # the writer appended while we walked: walk again
+                newest_first.clear()
+        return newest_first[::-1], bool(newest_first) and newest_first[-1].seq > since
 
     def __len__(self) -> int:
         return len(self._events)
