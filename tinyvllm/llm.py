@@ -5,6 +5,7 @@
         print(out.outputs[0].text)
 """
 
+import dataclasses
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,13 +24,17 @@ from tinyvllm.model.config import ModelConfig
 from tinyvllm.options import refuse_unknown_options
 from tinyvllm.outputs import RequestOutput
 from tinyvllm.runner.device import make_backend
-from tinyvllm.runner.memory import plan_memory
+from tinyvllm.runner.memory import MemoryPlan, plan_memory, replan
 from tinyvllm.runner.model_runner import ModelRunner
 from tinyvllm.runner.weights import WeightStore
 from tinyvllm.sampling_params import SamplingParams
 from tinyvllm.text.tokenizer import Tokenizer
 
 Messages = Sequence[dict[str, str]]
+
+# What `reset` can change on weights that are loaded: everything about batches and cache, nothing about the model.
+RESETTABLE = ("block_size", "num_blocks", "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching",
+              "scheduling_policy", "use_kv_cache", "seed")
 
 
 @refuse_unknown_options(ConfigError)
@@ -65,26 +70,57 @@ class LLM:
             self.tokenizer.check_fits(self.model_config.vocab_size)
         checkpoint = Checkpoint(self.model_path)
         checkpoint.check(self.model_config)
-        backend = make_backend(device, enforce_eager)
+        self._backend = make_backend(device, enforce_eager)
+        self.device = self._backend.name
         # Planned before anything is allocated: a plan that cannot fit is refused with its numbers.
-        self.memory_plan = plan_memory(self.model_config, self.engine_config, backend)
-        plan = self.memory_plan
+        self.memory_plan = plan_memory(self.model_config, self.engine_config, self._backend)
         try:
-            store = WeightStore(self.model_config, backend)
+            store = WeightStore(self.model_config, self._backend)
             load_weights(checkpoint, self.model_config, store, progress=use_tqdm)
-            self.runner = ModelRunner(self.model_config, store.finish(plan.max_model_len), backend,
-                                      num_blocks=plan.num_blocks, block_size=block_size,
-                                      max_model_len=plan.max_model_len, max_num_seqs=plan.max_num_seqs,
-                                      max_num_batched_tokens=plan.max_num_batched_tokens)
+            self._weights = store.finish(self.memory_plan.max_model_len)
+            self._make_engine()
         except OutOfDeviceMemoryError as error:
-            raise OutOfDeviceMemoryError(f"{error} (the plan was: {plan.describe()})") from None
-        self.device = backend.name
+            raise OutOfDeviceMemoryError(f"{error} (the plan was: {self.memory_plan.describe()})") from None
+
+    def _make_engine(self) -> None:
+        plan, config = self.memory_plan, self.engine_config
+        self.runner = ModelRunner(self.model_config, self._weights, self._backend, num_blocks=plan.num_blocks,
+                                  block_size=config.block_size, max_model_len=plan.max_model_len,
+                                  max_num_seqs=plan.max_num_seqs, max_num_batched_tokens=plan.max_num_batched_tokens)
         self.engine = LLMEngine(self.runner, self.tokenizer, vocab_size=self.model_config.vocab_size,
                                 eos_token_ids=self.model_config.eos_token_ids, num_blocks=plan.num_blocks,
-                                block_size=block_size, max_model_len=plan.max_model_len,
+                                block_size=config.block_size, max_model_len=plan.max_model_len,
                                 max_num_seqs=plan.max_num_seqs, max_num_batched_tokens=plan.max_num_batched_tokens,
-                                enable_prefix_caching=enable_prefix_caching, scheduling_policy=scheduling_policy,
-                                use_kv_cache=use_kv_cache, seed=seed)
+                                enable_prefix_caching=config.enable_prefix_caching,
+                                scheduling_policy=config.scheduling_policy, use_kv_cache=config.use_kv_cache,
+                                seed=config.seed)
+
+    def reset(self, **changes: Any) -> None:
+        """A fresh, empty engine on the weights that are loaded already, with some options changed.
+
+        changes: any of RESETTABLE. A new block_size keeps the cache's size in tokens unless num_blocks is given too.
+        Requests that are still there are forgotten. Raises ConfigError, and then nothing has changed; or
+        OutOfDeviceMemoryError, and then the engine is fresh and empty with the options that it had.
+        """
+        before = self.engine_config, self.memory_plan
+        self.engine_config, self.memory_plan = self.plan_reset(**changes)
+        self._inbox.clear()
+        self.runner = self.engine = None  # let go of the old cache before there is a new one
+        try:
+            self._make_engine()
+        except OutOfDeviceMemoryError:
+            self.engine_config, self.memory_plan = before
+            self._make_engine()
+            raise
+
+    def plan_reset(self, **changes: Any) -> tuple[EngineConfig, MemoryPlan]:
+        """What `reset` would lead to; raises ConfigError for changes that cannot be."""
+        for name in changes:
+            if name not in RESETTABLE:
+                raise ConfigError(f"{name!r} cannot be changed by a reset: it can change {', '.join(RESETTABLE)}; "
+                                  "for anything else make a new LLM")
+        config = dataclasses.replace(self.engine_config, **changes)
+        return config, replan(self.memory_plan, self.model_config, config, set(changes))
 
     def generate(self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
                  use_tqdm: bool | None = None) -> list[RequestOutput]:
@@ -155,10 +191,13 @@ class LLM:
     def _step(self) -> list[RequestOutput]:
         """One engine step; outputs of streamed requests also go to their streams, whoever drives the engine."""
         outputs = self.engine.step()
+        self._route(outputs)
+        return outputs
+
+    def _route(self, outputs: Iterable[RequestOutput]) -> None:
         for output in outputs:
             if output.request_id in self._inbox:
                 self._inbox[output.request_id].append(output)
-        return outputs
 
     def _run(self, request_ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
         done: dict[str, RequestOutput] = {}
@@ -176,8 +215,10 @@ class LLM:
         return [done[request_id] for request_id in request_ids]
 
     def _drop(self, request_ids: Iterable[str]) -> None:
-        self.engine.abort(request_ids)
-        self.engine.discard_aborted(request_ids)
+        """Abort requests that nobody waits for any more; "abort" outputs of others go to their streams."""
+        dropped = set(request_ids)
+        self.engine.abort(dropped)
+        self._route(output for output in self.engine.take_aborted() if output.request_id not in dropped)
 
 
 def _as_list(prompts: Any) -> list[Any]:

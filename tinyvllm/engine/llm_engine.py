@@ -52,7 +52,6 @@ class LLMEngine:
         self.seed = seed
         self._request_counter = itertools.count()
         self._requests: dict[str, Request] = {}
-        self._prompts: dict[str, str | None] = {}
         self._detokenizers: dict[str, Any] = {}
         self._aborted: list[RequestOutput] = []
         self.num_steps = self.num_finished = self.num_prompt_tokens = self.num_output_tokens = 0
@@ -65,24 +64,31 @@ class LLMEngine:
 
         Raises RequestError, in which case nothing has changed for anybody else.
         """
+        return self.submit(self.prepare(prompt, params, request_id))
+
+    def prepare(self, prompt: Any, params: SamplingParams | None = None, request_id: str | None = None) -> Request:
+        """Check and encode a prompt, queueing nothing: any thread may call this. Raises RequestError."""
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling parameters must be a SamplingParams, got {type(params).__name__}")
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and this engine has none: use stop_token_ids")
         text, token_ids = self._encode(prompt)
         self._check_prompt(token_ids)
         number = next(self._request_counter)
-        if request_id is None:
-            request_id = str(number)
+        seed = _request_seed(self.seed, number) if params.seed is None else params.seed % 2**64
+        return Request(str(number) if request_id is None else request_id, token_ids, params, prompt=text,
+                       eos_token_ids=self.eos_token_ids, max_len=self._max_len(), seed=seed)
+
+    def submit(self, request: Request) -> str:
+        """Queue a prepared request; returns its id. Only the thread that steps the engine may call this."""
+        request_id = request.request_id
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use: choose another, or leave it out")
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and this engine has none: use stop_token_ids")
-        request = Request(request_id, token_ids, params, eos_token_ids=self.eos_token_ids, max_len=self._max_len(),
-                          seed=_request_seed(self.seed, number) if params.seed is None else params.seed % 2**64)
         self._requests[request_id] = request
-        self._prompts[request_id] = text
         if self.tokenizer is not None:
-            self._detokenizers[request_id] = self.tokenizer.incremental_detokenizer(params.stop, prompt_token_ids=token_ids)
+            self._detokenizers[request_id] = self.tokenizer.incremental_detokenizer(
+                request.params.stop, prompt_token_ids=request.token_ids)
         self.scheduler.add_request(request)
         if self.events is not None:
             self.events.emit("request_added", request_id, request.num_prompt_tokens, request.max_len)
@@ -96,10 +102,10 @@ class LLMEngine:
                 request.status = RequestStatus.FINISHED_ABORTED
                 self._aborted.append(self._emit(request))
 
-    def discard_aborted(self, request_ids: Iterable[str]) -> None:
-        """Forget the pending "abort" outputs of these requests: nobody is waiting for them."""
-        ids = set(request_ids)
-        self._aborted = [output for output in self._aborted if output.request_id not in ids]
+    def take_aborted(self) -> list[RequestOutput]:
+        """The "abort" outputs that the next step() would report, handed over now instead."""
+        outputs, self._aborted = self._aborted, []
+        return outputs
 
     def has_unfinished_requests(self) -> bool:
         return self.scheduler.has_unfinished_requests() or bool(self._aborted)
@@ -131,7 +137,7 @@ class LLMEngine:
             tokens = self._run(batch)
             self._count(batch)
             advanced = self.scheduler.update(batch, tokens)
-        outputs, self._aborted = self._aborted, []
+        outputs = self.take_aborted()
         outputs += [self._emit(request) for request in advanced]
         return outputs
 
@@ -240,11 +246,9 @@ class LLMEngine:
             del self._requests[request.request_id]
             self._detokenizers.pop(request.request_id, None)
         metrics.num_cached_tokens = max(0, request.num_cached_tokens)
-        prompt = self._prompts.pop(request.request_id) if request.status.is_finished else \
-            self._prompts[request.request_id]
         completion = CompletionOutput(0, "" if detokenizer is None else detokenizer.text, request.output_token_ids,
                                       request.finish_reason, request.stop_reason, new_text)
-        return RequestOutput(request.request_id, prompt, request.token_ids[:request.num_prompt_tokens], [completion],
+        return RequestOutput(request.request_id, request.prompt, request.token_ids[:request.num_prompt_tokens], [completion],
                              request.status.is_finished, metrics, metrics.num_cached_tokens)
 
 

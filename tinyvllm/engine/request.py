@@ -37,12 +37,15 @@ class RequestStatus(enum.Enum):
 class Request:
     """One prompt on its way through the engine. Only the scheduler and the engine change it.
 
-    prompt_token_ids: at least one id. max_len: most tokens, prompt included. seed: for its draws, 64 bits.
+    prompt_token_ids: at least one id. max_len: most tokens, prompt included. seed: for its draws, 64 bits. prompt: the
+    text that it came from, if it came from text.
     """
 
     def __init__(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, *,
-                 eos_token_ids: Sequence[int] = (), max_len: int, seed: int = 0, arrival_time: float | None = None):
+                 eos_token_ids: Sequence[int] = (), max_len: int, seed: int = 0, prompt: str | None = None,
+                 arrival_time: float | None = None):
         self.request_id = request_id
+        self.prompt = prompt
         self.params = params
         self.seed = seed
         self.token_ids = list(prompt_token_ids)  # prompt, then output

@@ -1,5 +1,6 @@
 """How the device's memory is divided: weights, activations, and all the rest to KV-cache blocks."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from tinyvllm.config import EngineConfig
@@ -48,9 +49,7 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, backend: Backend) -> M
     max_tokens = engine.max_num_batched_tokens or max(DEFAULT_MAX_NUM_BATCHED_TOKENS[backend.name], max_num_seqs)
     if max_tokens < max_num_seqs and engine.max_num_seqs is None:
         max_num_seqs = max_tokens
-    if max_tokens < max_num_seqs:
-        raise ConfigError(f"max_num_batched_tokens={max_tokens} is less than max_num_seqs={max_num_seqs}: every "
-                          "running request needs at least one token a step")
+    _check_batch(max_tokens, max_num_seqs)
 
     weights = weight_bytes(model, backend)
     rope_table = max_model_len * model.head_dim * BYTES
@@ -75,3 +74,27 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, backend: Backend) -> M
             "max_num_batched_tokens, max_num_seqs or max_model_len, or use a smaller model")
     return MemoryPlan(weights, activations, num_blocks * block, block, num_blocks, max_model_len, max_num_seqs,
                       max_tokens)
+
+
+def replan(plan: MemoryPlan, model: ModelConfig, engine: EngineConfig, changed: set[str]) -> MemoryPlan:
+    """The plan of an engine that was running under `plan`, after the options named in `changed` became `engine`'s.
+
+    What nobody changed stays; a changed block_size alone keeps the cache's size in tokens.
+    """
+    max_num_seqs = engine.max_num_seqs or plan.max_num_seqs
+    max_tokens = engine.max_num_batched_tokens or plan.max_num_batched_tokens
+    if "max_num_seqs" in changed and engine.max_num_batched_tokens is None:
+        max_tokens = max(max_tokens, max_num_seqs)
+    _check_batch(max_tokens, max_num_seqs)
+    block = model.kv_bytes_per_block(engine.block_size)
+    num_blocks = engine.num_blocks if "num_blocks" in changed else max(1, plan.num_blocks * plan.block_bytes // block)
+    if num_blocks is None:
+        raise ConfigError("num_blocks must be a whole number of 1 or more in a reset")
+    return dataclasses.replace(plan, kv_cache_bytes=num_blocks * block, block_bytes=block, num_blocks=num_blocks,
+                               max_num_seqs=max_num_seqs, max_num_batched_tokens=max_tokens)
+
+
+def _check_batch(max_tokens: int, max_num_seqs: int) -> None:
+    if max_tokens < max_num_seqs:
+        raise ConfigError(f"max_num_batched_tokens={max_tokens} is less than max_num_seqs={max_num_seqs}: every "
+                          "running request needs at least one token a step")

@@ -1,0 +1,210 @@
+"""LiveEngine: commands between steps, at once; errors that end nothing but the run."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from tests.test_events import assert_state_equals_engine, catch_up
+from tinyvllm import SamplingParams
+from tinyvllm.engine.events import EventLog
+from tinyvllm.engine.live import LiveEngine
+from tinyvllm.engine.state import EngineState
+from tinyvllm.errors import ConfigError, RequestError, TinyVLLMError
+
+LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+SHORT = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture
+def live(make_llm):
+    with LiveEngine(make_llm()) as engine:
+        yield engine
+
+
+def until(condition, timeout=20.0):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.002)
+
+
+def test_outputs_are_those_of_generate(make_llm):
+    want = make_llm().generate(["The river", "The fox"], SHORT)
+    finished = {}
+    with LiveEngine(make_llm()) as live:
+        live.on_output(lambda o: finished.update({o.request_id: o}) if o.finished else None)
+        ids = [live.add("The river", SHORT), live.add("The fox", SHORT)]
+        live.wait_idle()
+    assert [finished[i].outputs[0].token_ids for i in ids] == [o.outputs[0].token_ids for o in want]
+
+
+def test_every_call_returns_at_once_while_the_engine_runs(live):
+    slowest = 0.0
+    for call in (lambda: live.add("The river", LONG), live.pause, live.step, live.resume, lambda: live.set_speed(500),
+                 lambda: live.set_policy(max_num_seqs=2), lambda: live.state, lambda: live.stats, live.stop):
+        start = time.perf_counter()
+        call()
+        slowest = max(slowest, time.perf_counter() - start)
+    assert slowest < 0.15
+
+
+def test_pause_step_and_resume(live):
+    live.pause()
+    live.add("The river", LONG, "a")
+    until(lambda: live.state == "paused" and live.stats.num_waiting == 1)
+    assert live.stats.num_steps == 0
+    live.step(3)
+    until(lambda: live.stats.num_steps == 3)
+    time.sleep(0.05)
+    assert live.stats.num_steps == 3 and live.state == "paused"
+    live.resume()
+    until(lambda: live.stats.num_steps > 10)
+
+
+def test_stop_is_heard_within_150_ms(live):
+    for _ in range(4):
+        live.add("The river", LONG)
+    until(lambda: live.stats.num_running == 4)
+    start = time.perf_counter()
+    live.stop()
+    until(lambda: live.stats.num_running == 0 and live.stats.num_waiting == 0)
+    assert time.perf_counter() - start < 0.15
+    assert live.stats.num_free_blocks == live.stats.num_blocks and live.state == "idle"
+    live.add("The fox", SHORT)
+    live.wait_idle()
+
+
+def test_stop_is_heard_also_under_a_slow_speed_limit(live):
+    live.set_speed(0.5)
+    live.add("The river", LONG)
+    until(lambda: live.stats.num_running == 1)
+    start = time.perf_counter()
+    live.stop()
+    until(lambda: live.stats.num_running == 0)
+    assert time.perf_counter() - start < 0.15
+
+
+def test_speed_limits_the_steps(live):
+    live.set_speed(50)
+    start = time.perf_counter()
+    live.add("The river", SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+    live.wait_idle()
+    assert 0.36 < time.perf_counter() - start < 3
+
+
+def test_policy_changes_between_steps_without_losing_a_request(live):
+    live.pause()
+    for i in range(6):
+        live.add(f"The river {i}", SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
+    live.set_policy(max_num_seqs=2, scheduling_policy="static")
+    live.step(4)
+    until(lambda: live.stats.num_steps == 4)
+    assert live.stats.num_running == 2
+    live.set_policy(max_num_seqs=16, scheduling_policy="continuous")
+    live.step()
+    until(lambda: live.stats.num_running == 6)
+    live.resume()
+    live.wait_idle()
+    assert live.stats.num_finished == 6
+    for wrong, message in ((dict(max_num_seqs=99), r"max_num_seqs can be 1 to 16 here, got 99; more needs reset"),
+                           (dict(scheduling_policy="lottery"), "must be 'continuous' or 'static', got 'lottery'")):
+        with pytest.raises(ConfigError, match=message):
+            live.set_policy(**wrong)
+
+
+def test_reset_begins_anew_with_another_block_size(live):
+    live.add("The river", LONG)
+    live.reset(block_size=4, scheduling_policy="static")
+    live.add("The fox", SHORT)
+    live.wait_idle()
+    assert live.stats.num_finished == 1 and live.stats.num_blocks == 128 * 16 // 4
+    assert live.llm.engine.scheduler.policy == "static"
+    with pytest.raises(ConfigError, match="'device' cannot be changed by a reset"):
+        live.reset(device="cuda")
+    with pytest.raises(ConfigError, match="block_size must be a whole number"):
+        live.reset(block_size=0)
+    assert live.error is None
+
+
+def test_a_bad_prompt_is_refused_where_it_was_given_and_others_go_on(live):
+    live.add("The river", LONG, "good")
+    with pytest.raises(RequestError, match="the prompt is empty"):
+        live.add("", SHORT)
+    until(lambda: live.stats.num_output_tokens > 5)
+    assert live.error is None
+
+
+def test_an_engine_error_is_kept_told_and_survived(live):
+    execute, live.llm.runner.execute = live.llm.runner.execute, lambda batch: 1 / 0
+    live.add("The river", SHORT)
+    until(lambda: live.state == "failed")
+    assert isinstance(live.error, ZeroDivisionError) and "division by zero" in repr(live)
+    with pytest.raises(TinyVLLMError, match=r"stopped at an error \(ZeroDivisionError.*reset\(\) starts it afresh"):
+        live.add("The fox", SHORT)
+    with pytest.raises(ZeroDivisionError):
+        live.wait_idle()
+    live.reset()
+    until(lambda: live.error is None)
+    live.add("The fox", SHORT)
+    live.wait_idle()
+    assert live.stats.num_finished == 1
+
+
+def test_a_broken_callback_does_not_stop_the_engine(live):
+    live.on_output(lambda output: 1 / 0)
+    live.add("The river", SHORT)
+    live.wait_idle()
+    assert isinstance(live.callback_error, ZeroDivisionError) and live.stats.num_finished == 1
+
+
+def test_async_stream_and_leaving_it_early(live, make_llm):
+    async def use():
+        texts = [output.outputs[0].new_text async for output in live.stream("The river", SHORT)]
+        stream = live.stream("The river", LONG)
+        async for _ in stream:
+            break
+        await stream.aclose()
+        return "".join(texts)
+
+    assert asyncio.run(use()) == make_llm().generate("The river", SHORT)[0].outputs[0].text
+    live.wait_idle()
+    assert live.stats.num_output_tokens < 400, "the stream that was left ran on"
+
+
+def test_events_tell_the_state_also_from_another_thread(make_llm):
+    log, state = EventLog(), EngineState()
+    with LiveEngine(make_llm(num_blocks=12), events=log) as live:
+        for i in range(6):
+            live.add(f"The river {i} went on and on", SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
+        while live.state == "running":
+            catch_up(state, log)  # while the engine writes
+        live.wait_idle()
+        catch_up(state, log)
+        assert_state_equals_engine(state, live.llm.engine)
+    assert sum(len(r.token_ids) for r in state.requests.values()) == 240
+
+
+def test_many_threads_may_add_and_abort(live):
+    ids = []
+
+    def use(n):
+        for i in range(5):
+            ids.append(live.add(f"The river {n} {i}", SHORT))
+            if i % 2:
+                live.abort(ids[-1])
+
+    threads = [threading.Thread(target=use, args=(n,)) for n in range(4)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    live.wait_idle()
+    assert len(set(ids)) == 20 and live.stats.num_finished == 20
+    live.llm.engine.kv_cache_manager.check()
+
+
+def test_closed_engines_say_so(make_llm):
+    live = LiveEngine(make_llm())
+    live.close()
+    with pytest.raises(TinyVLLMError, match="closed: make a new one"):
+        live.add("The river", SHORT)
+    assert live.state == "closed" and live.llm.generate("The river", SHORT)
