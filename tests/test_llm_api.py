@@ -1,5 +1,8 @@
 """LLM: the public API, in the shape of vLLM's offline class."""
 
+import threading
+
+import numpy as np
 import pytest
 
 from tests.model_files import special_token_ids, write_tiny_model
@@ -229,3 +232,106 @@ def test_model_without_tokenizer(tmp_path):
 def test_one_engine_after_another_in_one_process(make_llm):
     a, b = make_llm(), make_llm(block_size=8)
     assert text_of(a.generate("The river", GREEDY)[0]) == text_of(b.generate("The river", GREEDY)[0])
+
+
+def test_two_threads_may_share_one_llm(llm):
+    prompts = {n: [f"Thread {n} says {i}" for i in range(6)] for n in range(3)}
+    want = {n: [text_of(o) for o in llm.generate(prompts[n], GREEDY)] for n in prompts}
+    got, errors = {}, []
+
+    def use(n):
+        try:
+            got[n] = [text_of(o) for o in llm.generate(prompts[n], GREEDY)]
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=use, args=(n,)) for n in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not errors and got == want and not llm._awaited
+
+
+def test_a_stream_that_is_let_go_of_unread_costs_nothing(make_llm):
+    llm = make_llm()
+    for _ in range(20):
+        llm.stream("The river", SamplingParams(temperature=0, max_tokens=200, ignore_eos=True))
+    llm.generate("The fox", GREEDY)
+    assert llm.engine.num_steps <= 13 and not llm._inbox
+    assert llm.engine.stats.num_free_blocks == llm.engine.stats.num_blocks
+
+
+def test_an_extreme_but_accepted_parameter_disturbs_nobody(llm):
+    want = text_of(llm.generate("The river", GREEDY)[0])
+    wild = [SamplingParams(temperature=3e38, top_k=10**12, top_p=1e-300, seed=-5, max_tokens=4),
+            SamplingParams(temperature=1e-300, seed=2**70, max_tokens=10**9, stop_token_ids=[0])]
+    outputs = llm.generate(["The river", "wild", "wilder"], [GREEDY, *wild])
+    assert text_of(outputs[0]) == want and all(o.finished for o in outputs)
+
+
+def test_bad_sampling_parameters_beside_a_running_request(llm):
+    stream = llm.stream("The river", GREEDY)
+    first = next(stream).outputs[0].new_text
+    with pytest.raises(RequestError):
+        llm.generate("The fox", SamplingParams(stop_token_ids=[10**6]))
+    with pytest.raises(RequestError):
+        llm.generate("The fox", {"temperature": 0})
+    assert first + "".join(o.outputs[0].new_text for o in stream) == text_of(llm.generate("The river", GREEDY)[0])
+
+
+@pytest.mark.parametrize("messages, message", [
+    ({"role": "user", "content": "hi"}, "messages must be a list"), (None, "messages must be a list"),
+    ("hi", "messages must be a list"), ([], "messages is empty"),
+    ([[{"role": "user", "content": "hi"}], [{"role": "usr", "content": "hi"}]], "conversation 1: message 0.*'usr'"),
+])
+def test_chat_refuses_other_shapes_in_plain_words(llm, messages, message):
+    with pytest.raises(RequestError, match=message):
+        llm.chat(messages, GREEDY)
+
+
+def test_prompts_as_numpy_arrays_tuples_and_generators(llm):
+    ids = [5, 6, 7]
+    want = text_of(llm.generate([ids], GREEDY)[0])
+    for prompt in (np.array(ids), [np.array(ids)], np.array([ids]), tuple(ids), {"prompt_token_ids": np.array(ids)},
+                   (i for i in ids), [{"prompt": "shown", "prompt_token_ids": ids}]):
+        assert [text_of(o) for o in llm.generate(prompt, GREEDY)] == [want]
+    assert llm.generate({"prompt": "shown", "prompt_token_ids": ids}, GREEDY)[0].prompt == "shown"
+    for bad in (b"abc", 5, np.array(3), [np.array([1.5])], [[True]]):
+        with pytest.raises(RequestError, match="a prompt is text, a list of token ids"):
+            llm.generate(bad, GREEDY)
+    with pytest.raises(RequestError, match="stream\\(\\) takes one prompt, got 2"):
+        llm.stream(["a", "b"], GREEDY)
+
+
+def test_an_interrupt_leaves_nothing_behind(llm):
+    execute, calls = llm.runner.execute, []
+
+    def interrupted(batch):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return execute(batch)
+
+    llm.runner.execute = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["The river", "The fox"], GREEDY)
+    finally:
+        llm.runner.execute = execute
+    assert llm.engine.stats.num_running == llm.engine.stats.num_waiting == 0
+    assert llm.engine.stats.num_free_blocks == llm.engine.stats.num_blocks
+    assert llm.generate("The river", GREEDY)[0].finished
+
+
+def test_reset_changes_batches_and_cache_on_loaded_weights(make_llm):
+    llm = make_llm()
+    want = text_of(llm.generate("The river", GREEDY)[0])
+    llm.reset(block_size=4, max_num_seqs=3, scheduling_policy="static")
+    assert text_of(llm.generate("The river", GREEDY)[0]) == want
+    assert llm.engine.stats.num_blocks == 128 * 4 and llm.engine.scheduler.max_num_seqs == 3
+    with pytest.raises(ConfigError, match="'model' cannot be changed by a reset"):
+        llm.reset(model="demo")
+    with pytest.raises(ConfigError, match="max_num_batched_tokens=256 is less than max_num_seqs=300"):
+        llm.reset(max_num_seqs=300)
+    assert text_of(llm.generate("The river", GREEDY)[0]) == want

@@ -5,12 +5,15 @@ import sys
 from collections.abc import Sequence
 
 from tinyvllm import __version__
-from tinyvllm.errors import TinyVLLMError
+from tinyvllm.errors import ConfigError, TinyVLLMError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status: 0, 2 for an error in the user's words, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? instead of ending the program
     try:
         return arguments.run(arguments) or 0
     except TinyVLLMError as error:
@@ -122,8 +125,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     params = _sampling(arguments)
     llm = _make_llm(arguments)
     if len(arguments.prompt) == 1:
+        stream = llm.stream(arguments.prompt[0], params)  # refuses a bad prompt before anything is printed
         print(arguments.prompt[0], end="", flush=True)
-        for output in llm.stream(arguments.prompt[0], params):
+        for output in stream:
             print(output.outputs[0].new_text, end="", flush=True)
         print()
         return
@@ -134,10 +138,11 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _chat(arguments: argparse.Namespace) -> None:
     params = _sampling(arguments)
     llm = _make_llm(arguments)
+    opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    llm.chat_token_ids([*opening, {"role": "user", "content": "hello"}])  # a model that cannot chat says so now
     interactive = sys.stdin.isatty()
     if interactive:
-        print("Say something; /reset forgets the conversation, /quit or Ctrl-D ends.")
-    opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
+        print(f"Say something. {CHAT_COMMANDS}")
     messages = list(opening)
     while True:
         try:
@@ -148,21 +153,37 @@ def _chat(arguments: argparse.Namespace) -> None:
             return
         if line == "/reset":
             messages = list(opening)
-            continue
-        if not line:
-            continue
-        messages.append({"role": "user", "content": line})
-        text = ""
+        elif line.startswith("/"):
+            print(f"There is no command {line.split()[0]}. {CHAT_COMMANDS}")
+        elif line:
+            _answer(llm, messages, line, params)
+            print("\n" if interactive else "", flush=True)
+
+
+CHAT_COMMANDS = "/reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer."
+
+
+def _answer(llm, messages: list[dict[str, str]], line: str, params) -> None:
+    """One turn: print the answer as it comes, and add both sides to the conversation."""
+    turn = [*messages, {"role": "user", "content": line}]
+    try:
+        token_ids = llm.chat_token_ids(turn)
+        if len(messages) > 1 and len(token_ids) >= llm.memory_plan.max_model_len:
+            print(f"(the conversation is full: {len(token_ids)} tokens of {llm.memory_plan.max_model_len}; "
+                  "say /reset to begin a new one)", end="")
+            return
+        text, stream = "", llm.stream(token_ids, params)
         try:
-            for output in llm.stream(llm.chat_token_ids(messages), params):
+            for output in stream:
                 print(output.outputs[0].new_text, end="", flush=True)
                 text = output.outputs[0].text
-        except TinyVLLMError as error:  # this turn is lost, the conversation is not
-            print(f"(not answered: {error})", end="")
-            messages.pop()
-        else:
-            messages.append({"role": "assistant", "content": text})
-        print("\n" if interactive else "", flush=True)
+        except KeyboardInterrupt:  # ends the answer, not the conversation
+            stream.close()
+            print(" (stopped)", end="")
+    except TinyVLLMError as error:  # this turn is lost, the conversation is not
+        print(f"(not answered: {error})", end="")
+        return
+    messages[:] = [*turn, {"role": "assistant", "content": text}]
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -177,7 +198,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from tinyvllm.inspect import inspect_model
     from tinyvllm.loader.resolve import resolve_model
 
-    memory = None if arguments.memory is None else int(arguments.memory * 2**30)
+    memory = arguments.memory
+    if memory is not None:
+        if not 0 <= memory < 2**20:
+            raise ConfigError(f"--memory must be a number of GiB, 0 or more, got {memory}")
+        memory = int(memory * 2**30)
     report = inspect_model(resolve_model(arguments.model), block_size=arguments.block_size, memory=memory)
     if sys.stdout.isatty():
         Console().print(report)

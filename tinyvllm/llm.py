@@ -6,9 +6,11 @@
 """
 
 import dataclasses
+import numbers
 import os
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from tqdm.auto import tqdm
 
 from tinyvllm.config import EngineConfig
 from tinyvllm.engine.llm_engine import LLMEngine
-from tinyvllm.errors import ConfigError, OutOfDeviceMemoryError, RequestError, TokenizerError
+from tinyvllm.engine.request import Request
+from tinyvllm.errors import ConfigError, OutOfDeviceMemoryError, RequestError, TinyVLLMError, TokenizerError
 from tinyvllm.loader.checkpoint import Checkpoint
 from tinyvllm.loader.resolve import resolve_model
 from tinyvllm.loader.weights import load_weights
@@ -28,6 +31,7 @@ from tinyvllm.runner.memory import MemoryPlan, plan_memory, replan
 from tinyvllm.runner.model_runner import ModelRunner
 from tinyvllm.runner.weights import WeightStore
 from tinyvllm.sampling_params import SamplingParams
+from tinyvllm.text.messages import check_messages
 from tinyvllm.text.tokenizer import Tokenizer
 
 Messages = Sequence[dict[str, str]]
@@ -62,7 +66,10 @@ class LLM:
             gpu_memory_utilization=gpu_memory_utilization, enable_prefix_caching=enable_prefix_caching,
             enforce_eager=enforce_eager, seed=seed, scheduling_policy=scheduling_policy, use_kv_cache=use_kv_cache)
         self.use_tqdm = use_tqdm
+        self._lock = threading.Lock()  # around every use of the engine: threads may share an LLM
         self._inbox: dict[str, deque[RequestOutput]] = {}  # outputs of requests that a stream() is reading
+        self._abandoned: deque[str] = deque()  # streams that were let go of: their requests end before the next step
+        self._awaited: dict[str, RequestOutput | None] = {}  # last outputs of requests that a generate() waits for
         self.model_path: Path = resolve_model(str(model))
         self.model_config = ModelConfig.from_folder(self.model_path)
         self.tokenizer = None if skip_tokenizer_init else Tokenizer.from_folder(self.model_path)
@@ -132,15 +139,14 @@ class LLM:
         """
         prompts = _as_list(prompts)
         params = _one_each(sampling_params, len(prompts))
-        request_ids: list[str] = []
-        try:
-            for prompt, param in zip(prompts, params):
-                request_ids.append(self.engine.add_request(prompt, param))
-        except RequestError as error:
-            self._drop(request_ids)
-            where = f"prompt {len(request_ids)}: " if len(prompts) > 1 else ""
-            raise RequestError(f"{where}{error}") from None
-        return self._run(request_ids, self.use_tqdm if use_tqdm is None else use_tqdm)
+        requests = []
+        for prompt, param in zip(prompts, params):
+            try:
+                requests.append(self.engine.prepare(prompt, param))
+            except RequestError as error:
+                where = f"prompt {len(requests)}: " if len(prompts) > 1 else ""
+                raise RequestError(f"{where}{error}") from None
+        return self._run(requests, self.use_tqdm if use_tqdm is None else use_tqdm)
 
     def chat(self, messages: Messages | Sequence[Messages],
              sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *,
@@ -151,83 +157,160 @@ class LLM:
         messages: [{"role": "user", "content": "..."}, ...], or a list of such lists.
         date_string: what the template shows as today's date, if it shows one.
         """
-        conversations = [messages] if messages and isinstance(messages[0], dict) else list(messages)
-        prompts = [{"prompt_token_ids": self.chat_token_ids(c, add_generation_prompt, date_string)}
-                   for c in conversations]
+        prompts = []
+        for conversation in _conversations(messages):
+            text = self._render_chat(conversation, add_generation_prompt, date_string)
+            prompts.append({"prompt": text, "prompt_token_ids": self._encode_rendered(text)})
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def chat_token_ids(self, messages: Messages, add_generation_prompt: bool = True,
                        date_string: str | None = None) -> list[int]:
         """The token ids of a conversation: exactly one beginning-of-text token, the template's own."""
+        return self._encode_rendered(self._render_chat(messages, add_generation_prompt, date_string))
+
+    def _render_chat(self, messages: Messages, add_generation_prompt: bool, date_string: str | None) -> str:
         if self.tokenizer is None:
             raise TokenizerError("chat needs a tokenizer, and this engine was made with skip_tokenizer_init=True")
-        options = {} if date_string is None else {"date_string": date_string}
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **options)
+        return self.tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt,
+                                          date_string=date_string)
+
+    def _encode_rendered(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)  # the template has written the BOS
 
     def stream(self, prompt: Any, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Generate for one prompt and yield an output after every token: `out.outputs[0].new_text` is what is new.
 
         Leaving the loop early aborts the request.
         """
-        request_id = self.engine.add_request(prompt, sampling_params)
-        self._inbox[request_id] = deque()
-        return self._stream(request_id)
+        if isinstance(prompt, (list, tuple)) and any(isinstance(p, (str, Mapping)) for p in prompt):
+            raise RequestError(f"stream() takes one prompt, got {len(prompt)}: use generate() for several")
+        with self._lock:
+            request_id = self.engine.add_request(prompt, sampling_params)
+            self._inbox[request_id] = deque()
+        return TokenStream(self, request_id)
 
-    def _stream(self, request_id: str) -> Iterator[RequestOutput]:
-        inbox = self._inbox[request_id]
-        finished = False
-        try:
-            while not finished:
-                while not inbox:
-                    self._step()
-                output = inbox.popleft()
-                finished = output.finished
-                yield output
-        finally:
-            del self._inbox[request_id]
-            if not finished:
-                self._drop([request_id])
+    def _step(self) -> None:
+        """One engine step, with the lock held; outputs go to whoever waits for them, in this thread or another."""
+        while self._abandoned:
+            self._drop_locked([self._abandoned.popleft()])
+        self._route(self.engine.step())
 
-    def _step(self) -> list[RequestOutput]:
-        """One engine step; outputs of streamed requests also go to their streams, whoever drives the engine."""
-        outputs = self.engine.step()
-        self._route(outputs)
-        return outputs
+    def _check_present(self, request_id: str) -> None:
+        if not self.engine.has_request(request_id):
+            raise TinyVLLMError(f"request {request_id} ended without anybody taking its outputs: llm.engine was used "
+                                "directly, or reset, while a call of this LLM was waiting")
 
     def _route(self, outputs: Iterable[RequestOutput]) -> None:
         for output in outputs:
             if output.request_id in self._inbox:
                 self._inbox[output.request_id].append(output)
+            elif output.finished and output.request_id in self._awaited:
+                self._awaited[output.request_id] = output
 
-    def _run(self, request_ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
-        done: dict[str, RequestOutput] = {}
-        wanted = set(request_ids)
+    def _run(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
+        request_ids = [request.request_id for request in requests]
+        left = set(request_ids)
         try:
+            with self._lock:
+                self._awaited.update(dict.fromkeys(request_ids))
+                for request in requests:
+                    self.engine.submit(request)
             with tqdm(total=len(request_ids), desc="requests", unit="request", disable=not use_tqdm,
                       leave=False) as bar:
-                while len(done) < len(request_ids):
-                    for output in self._step():
-                        if output.finished and output.request_id in wanted:
-                            done[output.request_id] = output
-                            bar.update()
+                while left:
+                    with self._lock:  # released between steps: several threads take turns, and serve each other
+                        done = {request_id for request_id in left if self._awaited[request_id] is not None}
+                        if not done:
+                            self._check_present(next(iter(left)))
+                            self._step()
+                    left -= done
+                    bar.update(len(done))
+            return [self._awaited[request_id] for request_id in request_ids]
         finally:  # an interrupt or an error must not leave requests behind that a later call would have to run
-            self._drop([request_id for request_id in request_ids if request_id not in done])
-        return [done[request_id] for request_id in request_ids]
+            self._drop(left)
+            for request_id in request_ids:
+                self._awaited.pop(request_id, None)
 
     def _drop(self, request_ids: Iterable[str]) -> None:
         """Abort requests that nobody waits for any more; "abort" outputs of others go to their streams."""
+        with self._lock:
+            self._drop_locked(request_ids)
+
+    def _drop_locked(self, request_ids: Iterable[str]) -> None:
         dropped = set(request_ids)
         self.engine.abort(dropped)
-        self._route(output for output in self.engine.take_aborted() if output.request_id not in dropped)
+        self._route(output for output in self.engine.take_pending() if output.request_id not in dropped)
+
+
+class TokenStream(Iterator[RequestOutput]):
+    """The outputs of one request as they come: what LLM.stream returns. Dropping it, or `close`, aborts the request."""
+
+    def __init__(self, llm: LLM, request_id: str):
+        self.request_id = request_id
+        self._llm, self._outputs, self._finished = llm, llm._inbox[request_id], False
+
+    def __next__(self) -> RequestOutput:
+        if self._finished:
+            raise StopIteration
+        try:
+            while not self._outputs:
+                with self._llm._lock:
+                    if not self._outputs:
+                        self._llm._check_present(self.request_id)
+                        self._llm._step()
+        except BaseException:
+            self.close()
+            raise
+        output = self._outputs.popleft()
+        if output.finished:
+            self.close()
+        return output
+
+    def close(self) -> None:
+        """Abort the request if it is still running."""
+        if not self._finished:
+            self._finished = True
+            self._llm._inbox.pop(self.request_id, None)
+            self._llm._drop([self.request_id])
+
+    def __del__(self):
+        if getattr(self, "_finished", True):
+            return
+        self._llm._inbox.pop(self.request_id, None)
+        # This may run anywhere, even in the middle of a step: then only leave word, and the next step sees to it.
+        if self._llm._lock.acquire(blocking=False):
+            try:
+                self._llm._drop_locked([self.request_id])
+            finally:
+                self._llm._lock.release()
+        else:
+            self._llm._abandoned.append(self.request_id)
 
 
 def _as_list(prompts: Any) -> list[Any]:
-    if isinstance(prompts, (str, dict)):
+    """What generate() was given, as a list of prompts: one prompt in any of its forms is a list of one."""
+    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
         return [prompts]
-    prompts = list(prompts) if isinstance(prompts, Iterable) else [prompts]
-    if prompts and all(hasattr(p, "__index__") and not isinstance(p, bool) for p in prompts):
+    if getattr(prompts, "ndim", 1) == 0:
+        return [prompts]
+    prompts = list(prompts)
+    if prompts and all(isinstance(p, numbers.Integral) for p in prompts):
         return [prompts]  # one prompt, as token ids
     return prompts
+
+
+def _conversations(messages: Any) -> list[Messages]:
+    """What chat() was given, as a list of conversations. Raises RequestError for what is neither."""
+    is_list = isinstance(messages, Sequence) and not isinstance(messages, (str, bytes))
+    if not is_list or not messages or isinstance(messages[0], Mapping):
+        return [check_messages(messages)]
+    checked = []
+    for i, conversation in enumerate(messages):
+        try:
+            checked.append(check_messages(conversation))
+        except RequestError as error:
+            raise RequestError(f"conversation {i}: {error}") from None
+    return checked
 
 
 def _one_each(params: Any, count: int) -> list[SamplingParams | None]:

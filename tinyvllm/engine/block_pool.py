@@ -118,15 +118,21 @@ class BlockPool:
             return block
         return None
 
-    def cache_full_block(self, block: KVCacheBlock, parent_hash: BlockHash, token_ids: Sequence[int]) -> BlockHash:
+    def cache_full_block(self, block: KVCacheBlock, parent_hash: BlockHash,
+                         token_ids: Sequence[int]) -> BlockHash | None:
         """Make a full, computed block findable; returns its hash.
 
-        If an equal block is findable already (two equal prompts ran side by side), this one stays anonymous.
+        If an equal block is findable already (two equal prompts ran side by side), this one stays anonymous. None: the
+        hash belongs to another block (a collision). Then nothing after this block may be published either, because it
+        would be found by those who come from the other one.
         """
         block_hash = self.hash_fn(parent_hash, token_ids)
-        if self.enable_caching and block.block_hash is None and block_hash not in self.cached_blocks:
+        known = self.cached_blocks.get(block_hash)
+        if known is None:
             block.block_hash, block.parent_hash, block.token_ids = block_hash, parent_hash, tuple(token_ids)
             self.cached_blocks[block_hash] = block
+        elif (known.parent_hash, known.token_ids) != (parent_hash, tuple(token_ids)):
+            return None
         return block_hash
 
     def reset_cache(self) -> None:

@@ -74,6 +74,11 @@ class KVCacheManager:
                     self.events.emit(kind, request.request_id, [block.block_id for block in some])
         return new_blocks
 
+    def has_room_for(self, request: Request, computed_blocks: list[KVCacheBlock]) -> bool:
+        """Whether all tokens that a waiting request has would fit, beside those who run."""
+        num_needed = -(-request.num_tokens // self.block_size) - len(computed_blocks)
+        return num_needed <= self.pool.num_free_blocks - sum(block.ref_cnt == 0 for block in computed_blocks)
+
     def record_lookup(self, num_queried: int, num_hit: int) -> None:
         """Count an admission's look-up, in tokens (called once it is admitted, not at every attempt)."""
         self.prefix_cache_queries += num_queried
@@ -88,7 +93,10 @@ class KVCacheManager:
         for i in range(len(hashes), request.num_computed_tokens // self.block_size):
             tokens = request.token_ids[i * self.block_size:(i + 1) * self.block_size]
             parent = hashes[-1] if hashes else NO_PARENT
-            hashes.append(self.pool.cache_full_block(blocks[i], parent, tokens))
+            block_hash = self.pool.cache_full_block(blocks[i], parent, tokens)
+            if block_hash is None:
+                return
+            hashes.append(block_hash)
             if self.events is not None and blocks[i].block_hash is not None:  # not if an equal one was there before
                 self.events.emit("block_cached", request.request_id, blocks[i].block_id, i)
 

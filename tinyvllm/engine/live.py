@@ -274,7 +274,7 @@ class LiveEngine:
         scheduler = self.llm.engine.scheduler
         everyone = [r.request_id for r in [*scheduler.running, *scheduler.waiting]]
         self.llm.engine.abort(request_ids or everyone)
-        self._deliver(self.llm.engine.take_aborted())
+        self._deliver(self.llm.engine.take_pending())
 
     def _set_paused(self, paused: bool) -> None:
         self._paused, self._steps_allowed = paused, 0

@@ -6,9 +6,11 @@ It owns policy and bookkeeping only. Numbers are made by a runner (`execute(Sche
 and text by a tokenizer; tests put a toy in the place of either.
 """
 
+import copy
 import itertools
+import numbers
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from tinyvllm.engine.events import EventLog
@@ -53,7 +55,7 @@ class LLMEngine:
         self._request_counter = itertools.count()
         self._requests: dict[str, Request] = {}
         self._detokenizers: dict[str, Any] = {}
-        self._aborted: list[RequestOutput] = []
+        self._pending: list[RequestOutput] = []  # made, but not handed to anybody yet
         self.num_steps = self.num_finished = self.num_prompt_tokens = self.num_output_tokens = 0
         self.last_step_tokens = 0
 
@@ -71,11 +73,17 @@ class LLMEngine:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling parameters must be a SamplingParams, got {type(params).__name__}")
+        bad = next((i for i in params.stop_token_ids if i >= self.vocab_size), None)
+        if bad is not None:
+            raise RequestError(f"stop token id {bad} is out of range: this model's vocabulary has the ids "
+                               f"0 to {self.vocab_size - 1}")
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this engine has none: use stop_token_ids")
         text, token_ids = self._encode(prompt)
         self._check_prompt(token_ids)
         number = next(self._request_counter)
+        while request_id is None and str(number) in self._requests:  # somebody chose that number for a name
+            number = next(self._request_counter)
         seed = _request_seed(self.seed, number) if params.seed is None else params.seed % 2**64
         return Request(str(number) if request_id is None else request_id, token_ids, params, prompt=text,
                        eos_token_ids=self.eos_token_ids, max_len=self._max_len(), seed=seed)
@@ -100,15 +108,19 @@ class LLMEngine:
             request = self._requests.get(request_id)
             if request is not None:
                 request.status = RequestStatus.FINISHED_ABORTED
-                self._aborted.append(self._emit(request))
+                self._emit(request)
 
-    def take_aborted(self) -> list[RequestOutput]:
-        """The "abort" outputs that the next step() would report, handed over now instead."""
-        outputs, self._aborted = self._aborted, []
+    def take_pending(self) -> list[RequestOutput]:
+        """Outputs that the next step() would report, those of aborted requests above all, handed over now instead."""
+        outputs, self._pending = self._pending, []
         return outputs
 
+    def has_request(self, request_id: str) -> bool:
+        """Whether a request is waiting or running."""
+        return request_id in self._requests
+
     def has_unfinished_requests(self) -> bool:
-        return self.scheduler.has_unfinished_requests() or bool(self._aborted)
+        return self.scheduler.has_unfinished_requests() or bool(self._pending)
 
     def listen(self, events: EventLog | None) -> None:
         """Emit events into this log from now on, beginning with what is there already; None stops it."""
@@ -120,15 +132,16 @@ class LLMEngine:
     # ---- one step ----
 
     def step(self) -> list[RequestOutput]:
-        """Schedule, run, update; returns an output for every request that got a token or ended.
+        """Schedule, run, update, emit; returns an output for every request that got a token or ended.
 
         If the runner raises, the error goes to the caller and the books stay balanced: no token was counted as
-        computed, so the next step() tries the same work again.
+        computed, so the next step() tries the same work again. Outputs that were made before an error, or before an
+        interrupt from the keyboard, come with the next step.
         """
+        self._emit_new_tokens()  # none, unless the step before was interrupted
         if self.events is not None:
             self.events.step = self.num_steps + 1  # the step that this scheduling belongs to
         batch = self.scheduler.schedule()
-        advanced: list[Request] = []
         if batch.scheduled:
             now = time.perf_counter()
             for scheduled in batch.scheduled:
@@ -136,10 +149,9 @@ class LLMEngine:
                     scheduled.request.metrics.first_scheduled_time = now
             tokens = self._run(batch)
             self._count(batch)
-            advanced = self.scheduler.update(batch, tokens)
-        outputs = self.take_aborted()
-        outputs += [self._emit(request) for request in advanced]
-        return outputs
+            self.scheduler.update(batch, tokens)
+            self._emit_new_tokens()
+        return self.take_pending()
 
     @property
     def stats(self) -> EngineStats:
@@ -157,23 +169,30 @@ class LLMEngine:
     # ---- details ----
 
     def _encode(self, prompt: Any) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, dict):
-            unknown = set(prompt) - {"prompt_token_ids", "prompt"}
-            if unknown or not prompt:
+        """(text or None, token ids) of a prompt in any of its forms."""
+        text = None
+        if isinstance(prompt, Mapping):
+            if not prompt or set(prompt) - {"prompt_token_ids", "prompt"}:
                 raise RequestError(f"a prompt dictionary has the key 'prompt_token_ids' or 'prompt', "
-                                   f"got {', '.join(map(repr, sorted(prompt))) or 'none'}")
-            prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
+                                   f"got {', '.join(map(repr, sorted(prompt, key=str))) or 'none'}")
+            text = prompt.get("prompt")
+            prompt = text if prompt.get("prompt_token_ids") is None else prompt["prompt_token_ids"]
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("this engine has no tokenizer: give the prompt as token ids")
             if not prompt:
                 raise RequestError("the prompt is empty: give at least one character or token id")
             return prompt, self.tokenizer.encode_prompt(prompt)
-        try:
-            return None, [_token_id(i) for i in prompt]
-        except TypeError:
-            raise RequestError(f"a prompt is text, a list of token ids, or {{'prompt_token_ids': [...]}}, "
-                               f"got {type(prompt).__name__}: {str(prompt)[:60]}") from None
+        if hasattr(prompt, "tolist"):  # a NumPy array; a batch of one, as tokenizers return it, is one prompt
+            prompt = prompt.tolist()
+            if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], list):
+                prompt = prompt[0]
+        if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Iterable):
+            raise _not_a_prompt(prompt)
+        token_ids = list(prompt)
+        if not all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in token_ids):
+            raise _not_a_prompt(prompt if isinstance(prompt, Sequence) else token_ids)
+        return text, [int(i) for i in token_ids]
 
     def _check_prompt(self, token_ids: list[int]) -> None:
         if not token_ids:
@@ -219,43 +238,58 @@ class LLMEngine:
             self.num_prompt_tokens += max(0, min(prompt_left, scheduled.num_scheduled_tokens))
             self.num_output_tokens += scheduled.sample
 
-    def _emit(self, request: Request) -> RequestOutput:
-        """Turn a request's state into an output; if it has ended, let go of everything that belongs to it."""
+    def _emit_new_tokens(self) -> None:
+        for request in list(self.scheduler.running):
+            if request.num_emitted_tokens < request.num_output_tokens:
+                self._emit(request)
+
+    def _emit(self, request: Request) -> None:
+        """Make an output of a request's state; if it has ended, let go of everything that belongs to it."""
         now = time.perf_counter()
-        detokenizer = self._detokenizers.get(request.request_id)
         metrics = request.metrics
-        if metrics.first_token_time is None and metrics.num_output_tokens:
+        if metrics.first_token_time is None and request.num_output_tokens:
             metrics.first_token_time = now
-        new_text = ""
-        if detokenizer is not None and request.status is not RequestStatus.FINISHED_ABORTED:
-            new_text = detokenizer.push(request.token_ids[-1:])
-            if detokenizer.stop_reason is not None:
-                request.status = RequestStatus.FINISHED_STOPPED
-                request.stop_reason = detokenizer.stop_reason
-        if request.status.is_finished and detokenizer is not None:
-            new_text += detokenizer.finish()
-        if self.events is not None and request.status is not RequestStatus.FINISHED_ABORTED:
-            self.events.emit("token", request.request_id, request.token_ids[-1], new_text)
+        new_ids = request.output_token_ids[request.num_emitted_tokens:]
+        detokenizer = self._detokenizers.get(request.request_id)
+        new_text = "" if detokenizer is None else self._new_text(request, detokenizer, new_ids)
+        request.num_emitted_tokens = request.num_output_tokens
+        if self.events is not None:
+            for i, token_id in enumerate(new_ids, start=1):
+                self.events.emit("token", request.request_id, token_id, new_text if i == len(new_ids) else "")
+        metrics.num_cached_tokens = max(0, request.num_cached_tokens)
         if request.status.is_finished:
             metrics.finished_time = now
-            self.num_finished += 1
-            self.scheduler.finish(request)
-            if self.events is not None:
-                self.events.emit("request_finished", request.request_id, request.finish_reason,
-                                 metrics.num_output_tokens)
-            del self._requests[request.request_id]
-            self._detokenizers.pop(request.request_id, None)
-        metrics.num_cached_tokens = max(0, request.num_cached_tokens)
-        completion = CompletionOutput(0, "" if detokenizer is None else detokenizer.text, request.output_token_ids,
-                                      request.finish_reason, request.stop_reason, new_text)
-        return RequestOutput(request.request_id, request.prompt, request.token_ids[:request.num_prompt_tokens], [completion],
-                             request.status.is_finished, metrics, metrics.num_cached_tokens)
+            self._forget(request)
+        text = "" if detokenizer is None else detokenizer.text
+        completion = CompletionOutput(0, text, request.output_token_ids, request.finish_reason, request.stop_reason,
+                                      new_text)
+        self._pending.append(RequestOutput(
+            request.request_id, request.prompt, request.token_ids[:request.num_prompt_tokens], [completion],
+            request.status.is_finished, copy.copy(metrics), metrics.num_cached_tokens))
+
+    @staticmethod
+    def _new_text(request: Request, detokenizer: Any, new_ids: list[int]) -> str:
+        # A token that ends the request is not part of its text, as a stop string is not.
+        text_ids = new_ids[:-1] if new_ids and request.status is RequestStatus.FINISHED_STOPPED else new_ids
+        new_text = detokenizer.push(text_ids)
+        if detokenizer.stop_reason is not None and request.status is not RequestStatus.FINISHED_ABORTED:
+            # Also over "length": the text is complete, and ends where it was asked to.
+            request.status = RequestStatus.FINISHED_STOPPED
+            request.stop_reason = detokenizer.stop_reason
+        return new_text + detokenizer.finish() if request.status.is_finished else new_text
+
+    def _forget(self, request: Request) -> None:
+        self.num_finished += 1
+        self.scheduler.finish(request)
+        if self.events is not None:
+            self.events.emit("request_finished", request.request_id, request.finish_reason, request.num_output_tokens)
+        del self._requests[request.request_id]
+        self._detokenizers.pop(request.request_id, None)
 
 
-def _token_id(value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError
-    return value.__index__()
+def _not_a_prompt(prompt: Any) -> RequestError:
+    return RequestError(f"a prompt is text, a list of token ids, or {{'prompt_token_ids': [...]}}, "
+                        f"got {type(prompt).__name__}: {str(prompt)[:60]}")
 
 
 def _request_seed(engine_seed: int, number: int) -> int:

@@ -91,6 +91,9 @@ class Scheduler:
             computed_blocks = self.kv_cache_manager.get_computed_blocks(request)
             num_cached = len(computed_blocks) * self.kv_cache_manager.block_size
             num_new = min(request.num_tokens - num_cached, budget)
+            # Room for its first chunk is not enough: it would soon be preempted, and what it computed lost.
+            if self.running and not self.kv_cache_manager.has_room_for(request, computed_blocks):
+                break
             if self.kv_cache_manager.allocate_slots(request, num_new, computed_blocks) is None:
                 break
             if self.kv_cache_manager.enable_caching:
@@ -114,12 +117,11 @@ class Scheduler:
         output.total_num_scheduled_tokens = self.max_num_batched_tokens - budget
         return output
 
-    def update(self, output: SchedulerOutput, sampled_token_ids: dict[str, int]) -> list[Request]:
-        """Take in a step that ran: advance, publish full blocks, append tokens. Returns requests that got a token.
+    def update(self, output: SchedulerOutput, sampled_token_ids: dict[str, int]) -> None:
+        """Take in a step that ran: advance, publish full blocks, append tokens.
 
         sampled_token_ids: request_id -> token, for every ScheduledRequest with `sample`.
         """
-        advanced = []
         for scheduled in output.scheduled:
             request = scheduled.request
             if request.status is not RequestStatus.RUNNING:
@@ -130,8 +132,6 @@ class Scheduler:
                 request.append_output(sampled_token_ids[request.request_id])
                 if not self.use_kv_cache:
                     request.num_computed_tokens = 0
-                advanced.append(request)
-        return advanced
 
     def finish(self, request: Request, status: RequestStatus | None = None) -> None:
         """Remove a request from wherever it is and free its blocks. status: set it too, if it has not ended yet."""

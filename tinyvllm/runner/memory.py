@@ -67,11 +67,14 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, backend: Backend) -> M
         num_blocks = min(most_useful, max(1, int((free - weights - activations) * CPU_KV_SHARE // block)))
     needed = weights + activations + max(1, num_blocks) * block
     if num_blocks < 1 or needed > free:
+        share = engine.gpu_memory_utilization
+        allowed = f" (gpu_memory_utilization={share} allows {format_bytes(int(total * share))})" \
+            if backend.name == "cuda" else ""
         raise OutOfDeviceMemoryError(
             f"this does not fit in memory: weights {format_bytes(weights)}, activations {format_bytes(activations)} and "
             f"{max(1, num_blocks)} KV-cache blocks of {engine.block_size} tokens {format_bytes(max(1, num_blocks) * block)} "
-            f"make {format_bytes(needed)}, and {format_bytes(free)} of {format_bytes(total)} are free; lower num_blocks, "
-            "max_num_batched_tokens, max_num_seqs or max_model_len, or use a smaller model")
+            f"make {format_bytes(needed)}, and {format_bytes(free)} of {format_bytes(total)} are free{allowed}; lower "
+            "num_blocks, max_num_batched_tokens, max_num_seqs or max_model_len, or use a smaller model")
     return MemoryPlan(weights, activations, num_blocks * block, block, num_blocks, max_model_len, max_num_seqs,
                       max_tokens)
 
