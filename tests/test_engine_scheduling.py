@@ -4,6 +4,7 @@ import pytest
 
 from tests.toy import VOCAB, continuation, run, toy_engine
 from tinyvllm import SamplingParams
+from tinyvllm.engine.request import Request
 from tinyvllm.errors import RequestError
 
 
@@ -231,3 +232,93 @@ def test_other_refusals():
         engine.add_request(PROMPT, {"temperature": 0})
     with pytest.raises(RequestError, match="stop strings need a tokenizer"):
         engine.add_request(PROMPT, greedy(6, stop="x"))
+
+
+@pytest.mark.parametrize("where", ["update", "emit", "append"])
+def test_an_interrupt_anywhere_in_a_step_loses_no_token_and_leaves_no_zombie(where, monkeypatch):
+    engine = toy_engine(num_blocks=16)
+    for name, count in (("short", 1), ("long", 6)):
+        engine.add_request(PROMPT + [len(name)], greedy(count), name)
+    target, attribute = {"update": (engine.scheduler, "update"), "emit": (engine, "_emit"),
+                         "append": (Request, "append_output")}[where]
+    original = getattr(target, attribute)
+
+    def interrupted(*args):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(target, attribute, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert getattr(target, attribute) == original
+    outputs = run(engine, max_steps=50)
+    assert tokens(outputs["short"]) == continuation(PROMPT + [5], 1)
+    assert tokens(outputs["long"]) == continuation(PROMPT + [4], 6)
+    engine.kv_cache_manager.check()
+    assert engine.stats.num_free_blocks == 16 and not engine._requests
+
+
+def test_counters_after_preemption_and_abort_are_exact():
+    engine = toy_engine(num_blocks=6, block_size=4, max_num_batched_tokens=64, enable_prefix_caching=False)
+    for i in range(3):
+        engine.add_request([1, 2, 3, 4, i], greedy(12), str(i))
+    engine.step()
+    engine.abort("2")
+    run(engine)
+    stats = engine.stats
+    assert stats.num_finished == 3 and stats.num_preemptions == 1
+    assert stats.num_output_tokens == 12 + 12 + 1
+    assert stats.num_prompt_tokens == 3 * 5 + 5, "the preempted prompt is computed again"
+    assert not engine._requests and not engine._detokenizers
+
+
+def test_admission_waits_until_the_whole_prompt_has_room():
+    engine = toy_engine(num_blocks=12, block_size=4, max_num_batched_tokens=8, enable_prefix_caching=False)
+    engine.add_request([1, 2, 3], greedy(24), "decode")
+    engine.step()
+    engine.add_request(list(range(40)), greedy(2), "long")
+    outputs = run(engine)
+    assert tokens(outputs["long"]) == continuation(range(40), 2)
+    # The decode may outgrow the room that was left; what must not be is chunk after chunk computed and thrown away.
+    assert engine.stats.num_preemptions <= 1 and engine.stats.num_prompt_tokens <= 3 + 2 * 40
+
+
+def test_the_first_admission_s_cached_tokens_are_what_is_reported():
+    engine = toy_engine(num_blocks=6, block_size=4, max_num_batched_tokens=64)
+    engine.add_request([1, 2, 3, 4, 5], greedy(16), "first")
+    engine.add_request([6, 7, 8, 9, 10], greedy(16), "second")
+    outputs = run(engine)
+    assert outputs["second"].metrics.num_preemptions > 0 and engine.stats.prefix_cache_hits > 0
+    assert outputs["second"].num_cached_tokens == 0
+
+
+def test_each_output_has_metrics_of_its_own_time():
+    engine = toy_engine()
+    engine.add_request(PROMPT, greedy(4), "a")
+    seen = []
+    while engine.has_unfinished_requests():
+        seen += engine.step()
+    assert [o.metrics.num_output_tokens for o in seen] == [1, 2, 3, 4]
+    assert [o.metrics.finished_time is not None for o in seen] == [False, False, False, True]
+
+
+def test_names_and_automatic_numbers_do_not_collide():
+    engine = toy_engine()
+    engine.add_request(PROMPT, greedy(2), "1")
+    assert engine.add_request(PROMPT, greedy(2)) != "1" and engine.add_request(PROMPT, greedy(2)) != "1"
+    assert len(run(engine)) == 3
+
+
+def test_an_eos_id_that_is_also_a_stop_id_counts_as_eos():
+    eos = continuation(PROMPT, 1)[0]
+    engine = toy_engine(eos_token_ids=[eos])
+    engine.add_request(PROMPT, greedy(4, stop_token_ids=[eos]), "a")
+    output = run(engine)["a"].outputs[0]
+    assert output.finish_reason == "stop" and output.stop_reason is None
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 2**200])
+def test_any_whole_number_is_a_seed(seed):
+    engine = toy_engine()
+    request = engine.prepare(PROMPT, SamplingParams(seed=seed))
+    assert request.seed == seed % 2**64

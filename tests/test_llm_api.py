@@ -335,3 +335,92 @@ def test_reset_changes_batches_and_cache_on_loaded_weights(make_llm):
     with pytest.raises(ConfigError, match="max_num_batched_tokens=256 is less than max_num_seqs=300"):
         llm.reset(max_num_seqs=300)
     assert text_of(llm.generate("The river", GREEDY)[0]) == want
+
+
+def test_a_greedy_and_a_sampled_request_do_not_disturb_each_other(llm):
+    sampled = SamplingParams(temperature=1.2, seed=3, max_tokens=12, ignore_eos=True)
+    alone = [text_of(llm.generate("The river", p)[0]) for p in (GREEDY, sampled)]
+    assert [text_of(o) for o in llm.generate(["The river"] * 2, [GREEDY, sampled])] == alone
+    assert alone[0] != alone[1]
+
+
+def test_one_seed_draws_anew_at_every_position(make_llm):
+    """Logits that are all equal: only the position can make the draws differ, and it is the token's own."""
+    llm = make_llm()
+    sample, positions = llm.runner.backend.sample, []
+
+    def flat(out, logits, temperature, top_k, top_p, seed, position):
+        logits[:] = 0
+        positions.extend(position.tolist())
+        sample(out, logits, temperature, top_k, top_p, seed, position)
+
+    llm.runner.backend.sample = flat
+    tokens = llm.generate([[1, 2, 3]], SamplingParams(seed=1, max_tokens=30, ignore_eos=True))[0].outputs[0].token_ids
+    assert positions == list(range(3, 33)) and len(set(tokens)) > 20
+
+
+def test_what_was_held_back_comes_out_when_a_request_ends(llm):
+    """The end of the text may look like the beginning of a stop string."""
+    text = text_of(llm.generate("The river", GREEDY)[0])
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=text[-3:] + " and more")
+    outputs = list(llm.stream("The river", params))
+    assert text_of(outputs[-1]) == text == "".join(o.outputs[0].new_text for o in outputs)
+
+
+def test_a_stop_string_that_is_complete_at_the_last_token_counts_as_stop(llm):
+    text = text_of(llm.generate("The river", GREEDY)[0])
+    output = llm.generate("The river", SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=text[-2:]))[0]
+    at = text.index(text[-2:])
+    assert output.outputs[0].finish_reason == "stop" and text_of(output) == text[:at]
+
+
+def test_a_stop_token_is_among_the_ids_and_not_in_the_text(llm):
+    ids = llm.generate("The river", GREEDY)[0].outputs[0].token_ids
+    stop = next(i for i in ids[3:] if i not in ids[:3])
+    output = llm.generate("The river", SamplingParams(temperature=0, max_tokens=12, ignore_eos=True,
+                                                      stop_token_ids=[stop]))[0].outputs[0]
+    assert output.token_ids == ids[:ids.index(stop) + 1] and output.stop_reason == stop
+    assert output.text == llm.tokenizer.decode(output.token_ids[:-1])
+
+
+def test_an_aborted_stream_adds_no_text(llm):
+    stream = llm.stream("The river", GREEDY)
+    text = "".join(next(stream).outputs[0].new_text for _ in range(4))
+    llm.engine.abort(stream.request_id)
+    last = next(stream)
+    assert last.outputs[0].finish_reason == "abort" and len(last.outputs[0].token_ids) == 4
+    assert text + last.outputs[0].new_text == text_of(last)
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_an_engine_error_in_generate_leaves_nothing_queued(llm):
+    execute = llm.runner.execute
+    llm.runner.execute = lambda batch: 1 / 0
+    try:
+        with pytest.raises(ZeroDivisionError):
+            llm.generate(["The river", "The fox"], GREEDY)
+        stream = llm.stream("The river", GREEDY)
+        with pytest.raises(ZeroDivisionError):
+            next(stream)
+    finally:
+        llm.runner.execute = execute
+    assert llm.engine.stats.num_waiting == llm.engine.stats.num_running == 0
+    assert not llm._inbox and not llm._awaited and not llm.engine.has_unfinished_requests()
+
+
+def test_a_stream_whose_request_was_taken_away_says_so(llm):
+    stream = llm.stream("The river", GREEDY)
+    next(stream)
+    while llm.engine.has_unfinished_requests():
+        llm.engine.step()
+    with pytest.raises(TinyVLLMError, match="ended without anybody taking its outputs"):
+        for _ in stream:
+            pass
+
+
+def test_all_seats_at_full_length_when_it_is_no_multiple_of_a_block(make_llm):
+    llm = make_llm(max_model_len=37, max_num_seqs=3, num_blocks=None)
+    outputs = llm.generate([[i + 1] * 30 for i in range(3)], SamplingParams(temperature=0, max_tokens=50, ignore_eos=True))
+    assert [len(o.outputs[0].token_ids) for o in outputs] == [7, 7, 7]
+    assert llm.engine.stats.num_preemptions == 0

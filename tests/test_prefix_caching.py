@@ -2,7 +2,7 @@
 
 from tests.toy import continuation, run, toy_engine
 from tinyvllm import SamplingParams
-from tinyvllm.engine.block_pool import BlockPool
+from tinyvllm.engine.block_pool import BlockPool, hash_block
 from tinyvllm.engine.kv_cache_manager import KVCacheManager
 from tinyvllm.engine.request import Request
 
@@ -59,6 +59,14 @@ def test_a_hash_collision_is_no_hit():
     engine.kv_cache_manager.pool.hash_fn = lambda parent, tokens: b"the same for all"
     finish(engine, SHARED, "a")
     assert finish(engine, [9] * 12, "b").num_cached_tokens == 0
+
+
+def test_what_follows_a_collision_is_not_published_under_the_other_one_s_hash():
+    engine = toy_engine(num_blocks=32)
+    engine.kv_cache_manager.pool.hash_fn = lambda parent, tokens: b"same" if parent == b"" else hash_block(parent, tokens)
+    finish(engine, [1] * 4 + [7] * 4 + [8], "a")
+    finish(engine, [2] * 4 + [9] * 4 + [8], "b")
+    assert finish(engine, [1] * 4 + [9] * 4 + [8], "c").num_cached_tokens == 4
 
 
 def test_a_block_is_not_findable_before_its_keys_are_written():

@@ -1,8 +1,9 @@
 """A toy in the place of the model: exact, instant, and it fails loudly if the engine lies about the cache.
 
-It keeps a "KV cache" of token ids. A step writes each scheduled token into the slot that the block table names, and
-the next token is a hash of everything it reads back through the block table. So a wrong block id, a stale cached
-block, a token that was never computed or a block given to two requests changes the output.
+It keeps a "KV cache" of token ids and, as real keys do, each entry depends on everything before it. A step writes each
+scheduled token into the slot that the block table names, and the next token is a hash of everything it reads back through
+the block table. So a wrong block id, a stale cached block, a block computed after another prefix, a token that was never
+computed or a block given to two requests changes the output or fails at once.
 """
 
 import numpy as np
@@ -13,11 +14,19 @@ VOCAB = 50
 EMPTY = -1
 
 
+START = 17
+
+
+def absorb(value: int, token: int) -> int:
+    """The toy's state after one more token."""
+    return (value * 1_000_003 + token + 1) % 2**61
+
+
 def next_token(token_ids) -> int:
     """What the toy model says after these tokens."""
-    value = 17
+    value = START
     for token in token_ids:
-        value = (value * 1_000_003 + token + 1) % 2**61
+        value = absorb(value, token)
     return (value >> 7) % VOCAB
 
 
@@ -33,7 +42,8 @@ class ToyRunner:
     """Runs scheduled steps on token ids. fail_next: raise in the middle of the next step."""
 
     def __init__(self, num_blocks: int, block_size: int, max_num_batched_tokens: int = 10**9, max_num_seqs: int = 10**9):
-        self.kv = np.full((num_blocks, block_size), EMPTY, np.int64)
+        self.kv = np.full((num_blocks, block_size), EMPTY, np.int64)  # token ids
+        self.prefix = np.zeros((num_blocks, block_size), np.int64)  # the toy's state after that token
         self.block_size = block_size
         self.limits = max_num_batched_tokens, max_num_seqs
         self.fail_next = False
@@ -49,7 +59,10 @@ class ToyRunner:
         for s in output.scheduled:
             for position in range(s.start, s.start + s.num_scheduled_tokens):
                 slot = s.block_ids[position // self.block_size], position % self.block_size
+                before = START if position == 0 else self.prefix[
+                    s.block_ids[(position - 1) // self.block_size], (position - 1) % self.block_size]
                 self.kv[slot] = s.request.token_ids[position]
+                self.prefix[slot] = absorb(int(before), s.request.token_ids[position])
             if self.fail_next:
                 self.fail_next = False
                 raise RuntimeError("the device fell over")
@@ -58,6 +71,10 @@ class ToyRunner:
     def _sample(self, s) -> int:
         seen = self.kv[s.block_ids].reshape(-1)[:s.start + s.num_scheduled_tokens].tolist()
         assert EMPTY not in seen, "read a slot that was never written"
+        value = START
+        for token, prefix in zip(seen, self.prefix[s.block_ids].reshape(-1).tolist()):
+            value = absorb(value, token)
+            assert value == prefix, "read keys that were computed after another prefix"
         return next_token(seen)
 
 

@@ -116,8 +116,8 @@ class LLMEngine:
         return outputs
 
     def has_request(self, request_id: str) -> bool:
-        """Whether a request is waiting or running."""
-        return request_id in self._requests
+        """Whether a request is waiting, running, or has an output that nobody has taken yet."""
+        return request_id in self._requests or any(output.request_id == request_id for output in self._pending)
 
     def has_unfinished_requests(self) -> bool:
         return self.scheduler.has_unfinished_requests() or bool(self._pending)

@@ -74,6 +74,8 @@ class Scheduler:
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
+            if request.num_computed_tokens == request.num_tokens:  # an interrupt came before its token was appended
+                request.num_computed_tokens -= 1
             num_new = min(request.num_tokens - request.num_computed_tokens, budget)
             while self.kv_cache_manager.allocate_slots(request, num_new) is None:
                 victim = self.running.pop()  # admitted last; not scheduled yet, since we walk in order of admission
