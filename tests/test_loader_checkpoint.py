@@ -350,3 +350,32 @@ def test_transformers_loads_the_same_numbers(tmp_path):
     assert set(theirs) == set(checkpoint.tensors)
     for name, tensor in theirs.items():
         assert np.array_equal(checkpoint.array(name), tensor.view(torch.int16).numpy().view(np.uint16))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+)
+def test_a_link_whose_target_is_gone_is_named(tmp_path, name):
+    from tinyvllm import LLM
+
+    folder = write_tiny_model(tmp_path / "model")
+    (folder / name).unlink()
+    (folder / name).symlink_to(tmp_path / "gone")
+    with pytest.raises(ModelNotFoundError, match=f"{name} is a link to a file that is not there any more"):
+        LLM(folder, device="cpu", use_tqdm=False)
+
+
+def test_an_absurd_number_of_layers_is_refused_at_once(tmp_path):
+    folder = write_tiny_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
+    with pytest.raises(ModelFileError, match="config.json says 1000000000 layers, but the checkpoint lacks"):
+        Checkpoint(folder).check(ModelConfig.from_folder(folder))
+
+
+@pytest.mark.parametrize("model", [None, 5, "", "x" * 5000])
+def test_what_is_no_model_name_is_refused_in_plain_words(model):
+    from tinyvllm import LLM
+
+    with pytest.raises(ModelNotFoundError, match="a model is a folder, a hub id|there is no folder"):
+        LLM(model)

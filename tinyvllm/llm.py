@@ -70,7 +70,7 @@ class LLM:
         self._inbox: dict[str, deque[RequestOutput]] = {}  # outputs of requests that a stream() is reading
         self._abandoned: deque[str] = deque()  # streams that were let go of: their requests end before the next step
         self._awaited: dict[str, RequestOutput | None] = {}  # last outputs of requests that a generate() waits for
-        self.model_path: Path = resolve_model(str(model))
+        self.model_path: Path = resolve_model(model)
         self.model_config = ModelConfig.from_folder(self.model_path)
         self.tokenizer = None if skip_tokenizer_init else Tokenizer.from_folder(self.model_path)
         if self.tokenizer is not None:

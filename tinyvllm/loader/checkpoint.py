@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyvllm.errors import ModelFileError, ModelNotFoundError
-from tinyvllm.loader.json_file import read_json_object
+from tinyvllm.loader.json_file import read_json_object, refuse_dangling_link
 from tinyvllm.loader.safetensors_file import WEIGHT_DTYPES, SafetensorsFile, TensorInfo
 from tinyvllm.model.config import ModelConfig
 from tinyvllm.model.llama_weights import EMBED, IGNORED_TENSORS, LM_HEAD
@@ -39,6 +39,8 @@ class Checkpoint:
         if not self.folder.is_dir():
             raise ModelNotFoundError(f"{self.folder} is not a folder: give the folder that holds config.json")
         self.tensors: dict[str, tuple[SafetensorsFile, TensorInfo]] = {}
+        for name in (SINGLE_FILE, INDEX_FILE):
+            refuse_dangling_link(self.folder / name)
         if (self.folder / SINGLE_FILE).exists():
             self.files = [SafetensorsFile(self.folder / SINGLE_FILE)]
             self._add_tensors()
@@ -77,6 +79,11 @@ class Checkpoint:
         Two kinds of extra tensors are let pass: a tied model's lm_head.weight that equals the embedding bit
         for bit, and rotary_emb.inv_freq buffers, which follow from config.json.
         """
+        if config.num_hidden_layers > len(self.tensors):  # told before listing what millions of layers would need
+            raise ModelFileError(
+                f"{self.folder}: config.json says {config.num_hidden_layers} layers, but the checkpoint lacks most of "
+                f"them: it holds {len(self.tensors)} tensors"
+            )
         pieces = ARCHITECTURES[config.architecture].pieces(config)
         expected = {piece.name: piece.shape for piece in pieces}
         missing = [name for name in expected if name not in self.tensors]
@@ -135,7 +142,7 @@ class Checkpoint:
             raise ModelFileError(f"{path} must have a 'weight_map' object {{tensor name: file name}}")
         for name, file_name in weight_map.items():
             # A name with a folder in it could point outside the model, so none may have one.
-            if not isinstance(file_name, str) or not file_name or Path(file_name).name != file_name:
+            if not isinstance(file_name, str) or Path(file_name).name != file_name or file_name in ("", ".."):
                 raise ModelFileError(
                     f"{path}: weight_map puts {name!r} into {file_name!r}, which is not the plain name of a "
                     "file"

@@ -36,3 +36,9 @@ def read_json_object(path: str | Path, error: type[TinyVLLMError] = ModelFileErr
     if not isinstance(value, dict):
         raise error(f"{path} must hold a JSON object {{...}}, but it holds a {type(value).__name__}")
     return value
+
+
+def refuse_dangling_link(path: Path) -> None:
+    """Raise ModelNotFoundError if `path` is a link whose target is gone, as in a cache that was tidied up."""
+    if path.is_symlink() and not path.exists():
+        raise ModelNotFoundError(f"{path} is a link to a file that is not there any more: download the model again")

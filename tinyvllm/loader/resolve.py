@@ -19,17 +19,19 @@ def resolve_model(model: str | os.PathLike) -> Path:
 
     Raises ModelNotFoundError that says where it looked and how to get the model.
     """
+    if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
+        raise ModelNotFoundError(f"a model is a folder, a hub id, or {DEMO_NAME!r}, got {model!r}")
     name = os.fspath(model)
     if name == DEMO_NAME:
         return _demo_folder()
     folder = Path(name).expanduser()
-    if name and folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path.is_dir it does not raise for a name that is too long
         return folder
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise ModelNotFoundError(f"{name} is a file: give the folder that holds config.json")
-    if not _HUB_ID.fullmatch(name):
+    if len(name) > 200 or not _HUB_ID.fullmatch(name):
         raise ModelNotFoundError(
-            f"there is no folder {name!r}: give a model folder, a hub id, or {DEMO_NAME!r}"
+            f"there is no folder {name[:200]!r}: give a model folder, a hub id, or {DEMO_NAME!r}"
         )
     return _cached_snapshot(name)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyvllm.errors import ConfigError, ModelNotFoundError
-from tinyvllm.loader.json_file import read_json_object
+from tinyvllm.loader.json_file import read_json_object, refuse_dangling_link
 from tinyvllm.model.registry import ArchitectureSpec, find_architecture
 from tinyvllm.model.rope_parameters import RopeParameters
 
@@ -57,6 +57,8 @@ class ModelConfig:
         """
         folder = Path(folder)
         path = folder / "config.json"
+        for name in (path.name, "generation_config.json"):
+            refuse_dangling_link(path.parent / name)
         if not path.is_file():
             raise ModelNotFoundError(
                 f"{folder} has no config.json: a model folder holds config.json, tokenizer.json and "

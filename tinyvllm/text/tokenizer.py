@@ -7,7 +7,7 @@ from typing import Any
 import tokenizers
 
 from tinyvllm.errors import ModelNotFoundError, RequestError, TokenizerError
-from tinyvllm.loader.json_file import read_json_object
+from tinyvllm.loader.json_file import read_json_object, refuse_dangling_link
 from tinyvllm.text.chat_template import ChatTemplate, read_chat_template
 from tinyvllm.text.detokenizer import IncrementalDetokenizer
 from tinyvllm.text.token_bytes import TokenBytes
@@ -52,6 +52,8 @@ class Tokenizer:
         Raises ModelNotFoundError without a tokenizer.json, TokenizerError if something in them is broken.
         """
         folder = Path(folder)
+        for name in (TOKENIZER_FILE, SETTINGS_FILE):
+            refuse_dangling_link(folder / name)
         tokenizer = _read_tokenizer(folder / TOKENIZER_FILE)
         settings_path = folder / SETTINGS_FILE
         settings = read_json_object(settings_path, TokenizerError) if settings_path.is_file() else {}
