@@ -42,7 +42,8 @@ class Scheduler:
     """Queues, admission and preemption. It knows tokens by count only: no kernels, no text.
 
     policy "continuous": admit whenever there is room. "static": admit only when nobody runs any more, the way
-    batches were served before continuous batching; kept for comparison.
+    batches were served before continuous batching; kept for comparison. (A static batch is what one step's token budget
+    admits: give it a budget of all its prompts.)
     use_kv_cache=False: forget what was computed after every sampled token, so that each step recomputes the whole
     sequence; kept for the lesson on why a cache exists.
     """
