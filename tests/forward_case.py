@@ -6,6 +6,7 @@ from tests.kernel_cases import POISON, random_bf16
 from tinyvllm.kernels.bf16 import float32_to_bf16
 from tinyvllm.model.llama import Batch, Buffers, Dims, KVCache, Weights, bind
 
+
 def forward_case(rng, num_heads, num_kv_heads, head_dim, *, layers=2, hidden=96, intermediate=160,
                  vocab_size=203, block_size=4, rows=(1, 1, 9, 3), contexts=(6, 11, 9, 7)):
     """(Weights, k_cache, Batch, Dims) as NumPy arrays, plain [N, K] weights. The cache of older tokens is

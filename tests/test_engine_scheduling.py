@@ -101,7 +101,7 @@ def test_a_preempted_request_goes_on_before_later_arrivals():
     engine = toy_engine(num_blocks=6, block_size=4, max_num_batched_tokens=64)
     for name in ("first", "second"):
         engine.add_request([1, 2, 3, len(name)], greedy(16), name)
-    for i in range(3):
+    for _ in range(3):
         engine.step()
     for i in range(4):
         engine.add_request([9, i], greedy(4), f"late {i}")

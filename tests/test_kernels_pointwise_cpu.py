@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from tests.kernel_cases import POISON, fresh_rng, poisoned, random_bf16, sampling_case, ulps
-from tinyvllm.kernels import (argmax, embedding, kv_cache, residual_add, rms_norm, rope, sampling, silu_mul,
-                              softmax)
+from tinyvllm.kernels import argmax, embedding, kv_cache, residual_add, rms_norm, rope, sampling, silu_mul, softmax
 
 
 @pytest.fixture

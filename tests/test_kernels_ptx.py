@@ -18,8 +18,7 @@ cuda_core = pytest.importorskip("cuda.core")
 from numba import cuda  # noqa: E402
 from numba.cuda import types  # noqa: E402
 
-from tinyvllm.kernels import argmax, embedding, kv_cache, residual_add, rms_norm, rope  # noqa: E402
-from tinyvllm.kernels import sampling, silu_mul, softmax  # noqa: E402
+from tinyvllm.kernels import argmax, embedding, kv_cache, residual_add, rms_norm, rope, sampling, silu_mul, softmax  # noqa: E402  # noqa: E402
 from tinyvllm.kernels.attention import decode, decode_simple, prefill, prefill_simple  # noqa: E402
 from tinyvllm.kernels.gemm import cublas, gemv, naive, tensor_core, tiled  # noqa: E402
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.model_files import special_token_ids, write_tiny_model
 from tinyvllm import LLM, SamplingParams
-from tinyvllm.errors import ConfigError, DeviceError, ModelNotFoundError, RequestError, TokenizerError, TinyVLLMError
+from tinyvllm.errors import ConfigError, DeviceError, ModelNotFoundError, RequestError, TinyVLLMError, TokenizerError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 

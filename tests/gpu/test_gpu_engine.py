@@ -10,7 +10,8 @@ from tests.golden.make_golden import write_case
 from tests.model_files import write_tiny_model
 from tests.parity_cases import CASES, KEPT_ROWS, NUM_NEW_TOKENS, choice_gaps, compare, tolerance
 from tests.teacher_forcing import sequence_logits
-from tests.test_parity import load_golden, make_llm as make_cpu_llm
+from tests.test_parity import load_golden
+from tests.test_parity import make_llm as make_cpu_llm
 from tinyvllm import LLM, SamplingParams
 from tinyvllm.errors import OutOfDeviceMemoryError
 

@@ -6,8 +6,16 @@ Run by `make gpu-test` on a machine with a GPU (compute capability 8.0 or newer)
 import numpy as np
 import pytest
 
-from tests.kernel_cases import (POISON, assert_close, attention_case, fresh_rng, poisoned, random_bf16,
-                                sampling_case, ulps)
+from tests.kernel_cases import (
+    POISON,
+    assert_close,
+    attention_case,
+    fresh_rng,
+    poisoned,
+    random_bf16,
+    sampling_case,
+    ulps,
+)
 from tinyvllm.kernels import cuda_support
 from tinyvllm.kernels.bf16 import bf16_to_float32
 
@@ -54,8 +62,13 @@ def test_gathers_copy_the_rows_asked_for(rng, hidden):
 
 @pytest.mark.parametrize("hidden", [8, 100, 256, 2048, 4099])
 def test_rms_norm_matches_by_both_reductions(rng, hidden):
-    from tinyvllm.kernels.rms_norm import (add_rms_norm_cuda, add_rms_norm_numpy, rms_norm_cuda,
-                                           rms_norm_numpy, rms_norm_tree_cuda)
+    from tinyvllm.kernels.rms_norm import (
+        add_rms_norm_cuda,
+        add_rms_norm_numpy,
+        rms_norm_cuda,
+        rms_norm_numpy,
+        rms_norm_tree_cuda,
+    )
 
     x, residual, weight = random_bf16(rng, 5, hidden), random_bf16(rng, 5, hidden), random_bf16(rng, hidden)
     expected = on_cpu(rms_norm_numpy, poisoned(5, hidden), x, weight, 1e-5)

@@ -61,7 +61,8 @@ def run_demo(make_llm: Callable, live: bool = True, steps_per_second: float | No
                              "use `tinyvllm generate` with this model")
     loaded = time.perf_counter()
     # One token first: whatever has to be compiled is compiled now, and does not pass for the engine's speed.
-    llm.chat([{"role": "user", "content": "Hello!"}], SamplingParams(temperature=0.8, seed=0, max_tokens=1), use_tqdm=False)
+    one_token = SamplingParams(temperature=0.8, seed=0, max_tokens=1)
+    llm.chat([{"role": "user", "content": "Hello!"}], one_token, use_tqdm=False)
     first_token = ready = time.perf_counter()
     before = llm.engine.stats
     rows: dict[str, Row] = {}
@@ -148,7 +149,7 @@ def summary(outputs: list[RequestOutput], before: EngineStats, after: EngineStat
         table.add_row(name, value)
 
     add("device", device)
-    add("first token after start", f"{first_token_s:.2f} s (loading {load_s:.2f} s, the rest is compiling if it was needed)")
+    add("first token after start", f"{first_token_s:.2f} s (loading {load_s:.2f} s, the rest compiling, if needed)")
     add("requests", f"{len(outputs)} in {generate_s:.2f} s, {after.num_steps - before.num_steps} steps")
     add("output", f"{num_tokens} tokens, {num_tokens / generate_s:,.0f} tokens/s")
     add("TTFT (time to first token)", f"median {statistics.median(ttft) * 1e3:.1f} ms, worst {ttft[-1] * 1e3:.1f} ms")

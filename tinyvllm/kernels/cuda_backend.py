@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from tinyvllm.errors import ConfigError
-
 from tinyvllm.kernels.argmax import argmax_cuda
 from tinyvllm.kernels.attention.cuda import attention_cuda
 from tinyvllm.kernels.embedding import embedding_cuda, gather_rows_cuda

@@ -15,7 +15,8 @@ numba can compile (arrays, tuples, loops, slices).
 """
 
 import types
-from typing import Any, Callable, Mapping, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 
 class Dims(NamedTuple):

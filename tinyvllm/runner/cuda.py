@@ -39,8 +39,8 @@ class CUDABackend:
             wanted = int(np.prod(shape)) * np.dtype(dtype).itemsize
             free, total = self.memory_info()
             raise OutOfDeviceMemoryError(
-                f"out of GPU memory: {format_bytes(wanted)} asked for, {format_bytes(free)} of {format_bytes(total)} free; "
-                "close other programs on the GPU, or lower gpu_memory_utilization, num_blocks, "
+                f"out of GPU memory: {format_bytes(wanted)} asked for, {format_bytes(free)} of {format_bytes(total)} "
+                "free; close other programs on the GPU, or lower gpu_memory_utilization, num_blocks, "
                 "max_num_batched_tokens or max_model_len") from None
 
     def zeros(self, shape, dtype):

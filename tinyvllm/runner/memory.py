@@ -71,9 +71,10 @@ def plan_memory(model: ModelConfig, engine: EngineConfig, backend: Backend) -> M
         allowed = f" (gpu_memory_utilization={share} allows {format_bytes(int(total * share))})" \
             if backend.name == "cuda" else ""
         raise OutOfDeviceMemoryError(
-            f"this does not fit in memory: weights {format_bytes(weights)}, activations {format_bytes(activations)} and "
-            f"{max(1, num_blocks)} KV-cache blocks of {engine.block_size} tokens {format_bytes(max(1, num_blocks) * block)} "
-            f"make {format_bytes(needed)}, and {format_bytes(free)} of {format_bytes(total)} are free{allowed}; lower "
+            f"this does not fit in memory: weights {format_bytes(weights)}, activations {format_bytes(activations)} "
+            f"and {max(1, num_blocks)} KV-cache blocks of {engine.block_size} tokens "
+            f"{format_bytes(max(1, num_blocks) * block)} make {format_bytes(needed)}, and {format_bytes(free)} of "
+            f"{format_bytes(total)} are free{allowed}; lower "
             "num_blocks, max_num_batched_tokens, max_num_seqs or max_model_len, or use a smaller model")
     return MemoryPlan(weights, activations, num_blocks * block, block, num_blocks, max_model_len, max_num_seqs,
                       max_tokens)

@@ -28,11 +28,33 @@ import numpy as np
 from tinyvllm.kernels.attention.decode_simple import STATISTICS, combine_kernel
 from tinyvllm.kernels.attention.prefill import LOG2_E, key_tile
 from tinyvllm.kernels.cuda_support import ceil_div, cuda, kernel, pointer, workspace
-from tinyvllm.kernels.ptx import (block_index_x, block_index_y, block_index_z, cp_async_16, cp_async_commit,
-                                  cp_async_wait, divide, dynamic_shared, exp2, lane_index, ldmatrix_x4,
-                                  ldmatrix_x4_transposed, load_i32, load_shared_f32, load_u32, maximum,
-                                  mma_m16n8k16, narrow_cuda, pack_bf16, shuffle_xor, store_f32,
-                                  store_shared_f32, store_u16, thread_index, warp_barrier)
+from tinyvllm.kernels.ptx import (
+    block_index_x,
+    block_index_y,
+    block_index_z,
+    cp_async_16,
+    cp_async_commit,
+    cp_async_wait,
+    divide,
+    dynamic_shared,
+    exp2,
+    lane_index,
+    ldmatrix_x4,
+    ldmatrix_x4_transposed,
+    load_i32,
+    load_shared_f32,
+    load_u32,
+    maximum,
+    mma_m16n8k16,
+    narrow_cuda,
+    pack_bf16,
+    shuffle_xor,
+    store_f32,
+    store_shared_f32,
+    store_u16,
+    thread_index,
+    warp_barrier,
+)
 
 __all__ = ["decode_attention_cuda", "decode_kernel", "SPLIT"]
 

@@ -37,10 +37,28 @@ import numpy as np
 
 from tinyvllm.kernels.attention.prefill_simple import num_tiles
 from tinyvllm.kernels.cuda_support import ceil_div, cuda, kernel, pointer
-from tinyvllm.kernels.ptx import (block_index_x, block_index_y, cp_async_16, cp_async_commit, cp_async_wait,
-                                  divide, dynamic_shared, exp2, grid_size_x, lane_index, ldmatrix_x4,
-                                  ldmatrix_x4_transposed, load_i32, load_u32, maximum, mma_m16n8k16,
-                                  pack_bf16, shuffle_xor, store_u32, thread_index)
+from tinyvllm.kernels.ptx import (
+    block_index_x,
+    block_index_y,
+    cp_async_16,
+    cp_async_commit,
+    cp_async_wait,
+    divide,
+    dynamic_shared,
+    exp2,
+    grid_size_x,
+    lane_index,
+    ldmatrix_x4,
+    ldmatrix_x4_transposed,
+    load_i32,
+    load_u32,
+    maximum,
+    mma_m16n8k16,
+    pack_bf16,
+    shuffle_xor,
+    store_u32,
+    thread_index,
+)
 
 __all__ = ["prefill_attention_cuda", "prefill_kernel", "tensor_core_can_run"]
 

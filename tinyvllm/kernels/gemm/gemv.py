@@ -18,8 +18,19 @@ import functools
 import numpy as np
 
 from tinyvllm.kernels.cuda_support import ceil_div, cuda, kernel, pointer
-from tinyvllm.kernels.ptx import (block_index_x, high_bf16, lane_index, load_16_bytes, load_16_bytes_cached,
-                                  load_u16, low_bf16, narrow_cuda, shuffle_xor, store_u16, thread_index)
+from tinyvllm.kernels.ptx import (
+    block_index_x,
+    high_bf16,
+    lane_index,
+    load_16_bytes,
+    load_16_bytes_cached,
+    load_u16,
+    low_bf16,
+    narrow_cuda,
+    shuffle_xor,
+    store_u16,
+    thread_index,
+)
 
 __all__ = ["linear_gemv_cuda", "gemv_kernel", "MAX_ROWS"]
 

@@ -35,9 +35,23 @@ import functools
 import numpy as np
 
 from tinyvllm.kernels.cuda_support import ceil_div, cuda, kernel, pointer
-from tinyvllm.kernels.ptx import (block_index_x, block_index_y, cp_async_16, cp_async_commit, cp_async_wait,
-                                  dynamic_shared, lane_index, ldmatrix_x4, load_u16, low_bf16, mma_m16n8k16,
-                                  pack_bf16, store_u16, store_u32, thread_index)
+from tinyvllm.kernels.ptx import (
+    block_index_x,
+    block_index_y,
+    cp_async_16,
+    cp_async_commit,
+    cp_async_wait,
+    dynamic_shared,
+    lane_index,
+    ldmatrix_x4,
+    load_u16,
+    low_bf16,
+    mma_m16n8k16,
+    pack_bf16,
+    store_u16,
+    store_u32,
+    thread_index,
+)
 
 __all__ = ["linear_tensor_core_cuda", "tensor_core_kernel", "TILES", "choose_tile"]
 
