@@ -75,8 +75,7 @@ class LLM:
         self.tokenizer = None if skip_tokenizer_init else Tokenizer.from_folder(self.model_path)
         if self.tokenizer is not None:
             self.tokenizer.check_fits(self.model_config.vocab_size)
-        checkpoint = Checkpoint(self.model_path)
-        checkpoint.check(self.model_config)
+        checkpoint = Checkpoint(self.model_path, self.model_config)
         self._backend = make_backend(device, enforce_eager)
         self.device = self._backend.name
         # Planned before anything is allocated: a plan that cannot fit is refused with its numbers.

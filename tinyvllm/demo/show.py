@@ -80,7 +80,8 @@ def run_demo(make_llm: Callable, live: bool = True, steps_per_second: float | No
     try:
         while llm.engine.has_unfinished_requests():
             if steps_per_second:
-                time.sleep(max(0.0, ready + (llm.engine.num_steps - before.num_steps) / steps_per_second - time.perf_counter()))
+                due = ready + (llm.engine.num_steps - before.num_steps) / steps_per_second
+                time.sleep(max(0.0, due - time.perf_counter()))
             for output in llm.engine.step():
                 row = rows[output.request_id]
                 row.output, row.text = output, output.outputs[0].text

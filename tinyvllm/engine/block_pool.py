@@ -49,16 +49,14 @@ class KVCacheBlock:
 class BlockPool:
     """num_blocks blocks of block_size tokens each. hash_fn can be replaced in tests, to force collisions."""
 
-    def __init__(self, num_blocks: int, block_size: int, enable_caching: bool = True,
+    def __init__(self, num_blocks: int, block_size: int,
                  hash_fn: Callable[[BlockHash, Sequence[int]], BlockHash] = hash_block):
         self.events: EventLog | None = None  # set by LLMEngine.listen
         self.block_size = block_size
-        self.enable_caching = enable_caching
         self.hash_fn = hash_fn
         self.blocks = [KVCacheBlock(i) for i in range(num_blocks)]
         self.free_block_queue: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self.cached_blocks: dict[BlockHash, KVCacheBlock] = {}
-        self.num_evictions = 0
 
     @property
     def num_blocks(self) -> int:
@@ -140,14 +138,12 @@ class BlockPool:
         forgotten = list(self.cached_blocks.values())
         for block in forgotten:
             self._evict(block)
-        self.num_evictions = 0
         if forgotten and self.events is not None:
             self.events.emit("blocks_evicted", None, [block.block_id for block in forgotten])
 
     def _evict(self, block: KVCacheBlock) -> None:
         del self.cached_blocks[block.block_hash]
         block.block_hash, block.parent_hash, block.token_ids = None, NO_PARENT, ()
-        self.num_evictions += 1
 
     def check(self) -> None:
         """Raise AssertionError if the books do not balance: used by tests, and cheap enough to call when idle."""

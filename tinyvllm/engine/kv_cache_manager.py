@@ -15,7 +15,7 @@ class KVCacheManager:
     """Allocates from a BlockPool on behalf of requests."""
 
     def __init__(self, num_blocks: int, block_size: int, enable_caching: bool = True):
-        self.pool = BlockPool(num_blocks, block_size, enable_caching)
+        self.pool = BlockPool(num_blocks, block_size)
         self.events: EventLog | None = None  # set by LLMEngine.listen
         self.block_size = block_size
         self.enable_caching = enable_caching

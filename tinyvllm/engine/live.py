@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from tinyvllm.config import POLICIES
 from tinyvllm.engine.events import EventLog
 from tinyvllm.errors import ConfigError, RequestError, TinyVLLMError
 from tinyvllm.outputs import EngineStats, RequestOutput
@@ -101,8 +102,9 @@ class LiveEngine:
                                   ("max_num_batched_tokens", max_num_batched_tokens, plan.max_num_batched_tokens)):
             if value is not None and not (isinstance(value, int) and 1 <= value <= most):
                 raise ConfigError(f"{name} can be 1 to {most} here, got {value!r}; more needs reset({name}=...)")
-        if scheduling_policy not in (None, "continuous", "static"):
-            raise ConfigError(f"scheduling_policy must be 'continuous' or 'static', got {scheduling_policy!r}")
+        if scheduling_policy not in (None, *POLICIES):
+            allowed = " or ".join(map(repr, POLICIES))
+            raise ConfigError(f"scheduling_policy must be {allowed}, got {scheduling_policy!r}")
         self._send(self._set_policy, scheduling_policy, max_num_seqs, max_num_batched_tokens)
 
     def reset(self, **changes: Any) -> None:

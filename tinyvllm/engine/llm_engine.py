@@ -73,10 +73,7 @@ class LLMEngine:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling parameters must be a SamplingParams, got {type(params).__name__}")
-        bad = next((i for i in params.stop_token_ids if i >= self.vocab_size), None)
-        if bad is not None:
-            raise RequestError(f"stop token id {bad} is out of range: this model's vocabulary has the ids "
-                               f"0 to {self.vocab_size - 1}")
+        self._check_vocabulary("stop token id", params.stop_token_ids)
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this engine has none: use stop_token_ids")
         text, token_ids = self._encode(prompt)
@@ -194,13 +191,16 @@ class LLMEngine:
             raise _not_a_prompt(prompt if isinstance(prompt, Sequence) else token_ids)
         return text, [int(i) for i in token_ids]
 
+    def _check_vocabulary(self, what: str, token_ids: Sequence[int]) -> None:
+        bad = next((i for i in token_ids if not 0 <= i < self.vocab_size), None)
+        if bad is not None:
+            raise RequestError(f"{what} {bad} is out of range: this model's vocabulary has the ids "
+                               f"0 to {self.vocab_size - 1}")
+
     def _check_prompt(self, token_ids: list[int]) -> None:
         if not token_ids:
             raise RequestError("the prompt is empty: give at least one character or token id")
-        bad = next((i for i in token_ids if not 0 <= i < self.vocab_size), None)
-        if bad is not None:
-            raise RequestError(f"token id {bad} is out of range: this model's vocabulary has the ids "
-                               f"0 to {self.vocab_size - 1}")
+        self._check_vocabulary("token id", token_ids)
         if len(token_ids) >= self.max_model_len:
             raise RequestError(f"the prompt has {len(token_ids)} tokens, and max_model_len={self.max_model_len} must "
                                "hold the prompt and at least one new token: shorten it or raise max_model_len")

@@ -84,17 +84,24 @@ def sample_numpy(out_ids, logits, temperature, top_k, top_p, seed, position):
         out_ids[r] = kept[np.argmax(z[kept] + gumbel)]
 
 
-# ---- CPU ----
+# ---- one source for CPU and CUDA ----
 
 
-@cpu_helper
-def _ordered_key(bits):
+def _key_of_bits(bits):
+    """ordered_keys_numpy for one bf16 pattern."""
     bits = np.int32(bits)
     if (bits & 0x7FFF) > 0x7F80:
         return np.int32(0)
     if bits > 0x8000:
         return np.int32(0xFFFF - bits)
     return np.int32((bits & 0x7FFF) + 0x8000)
+
+
+_ordered_key = cpu_helper(_key_of_bits)
+_ordered_key_cuda = device_function(_key_of_bits)
+
+
+# ---- CPU ----
 
 
 @cpu_helper
@@ -166,16 +173,6 @@ def _mass(key, temperature, z_max):
 # ---- CUDA ----
 
 THREADS = 512  # one block a row
-
-
-@device_function
-def _ordered_key_cuda(bits):
-    bits = np.int32(bits)
-    if (bits & 0x7FFF) > 0x7F80:
-        return np.int32(0)
-    if bits > 0x8000:
-        return np.int32(0xFFFF - bits)
-    return np.int32((bits & 0x7FFF) + 0x8000)
 
 
 @device_function

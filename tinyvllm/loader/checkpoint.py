@@ -53,6 +53,7 @@ class Checkpoint:
             raise ModelNotFoundError(
                 f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{self._hint_at_other_formats()}"
             )
+        self._checked: ModelConfig | None = None
         if config is not None:
             self.check(config)
 
@@ -79,6 +80,8 @@ class Checkpoint:
         Two kinds of extra tensors are let pass: a tied model's lm_head.weight that equals the embedding bit
         for bit, and rotary_emb.inv_freq buffers, which follow from config.json.
         """
+        if config == self._checked:  # a tied copy of the output layer is compared byte by byte: once is enough
+            return
         if config.num_hidden_layers > len(self.tensors):  # told before listing what millions of layers would need
             raise ModelFileError(
                 f"{self.folder}: config.json says {config.num_hidden_layers} layers, but the checkpoint lacks most of "
@@ -117,6 +120,7 @@ class Checkpoint:
                     f"{file.path}: tensor {name!r} has dtype {info.dtype}, which is not supported for "
                     f"weights (supported: {', '.join(WEIGHT_DTYPES)})"
                 )
+        self._checked = config
 
     # ---- details ----
 
