@@ -178,6 +178,8 @@ class Feed:
                 self.stats.pump_s += time.perf_counter() - started
             except Exception as error:  # a picture's mistake is not the engine's, nor the other pictures'
                 self.error = error
+            if self.source.state == "closed":  # its last frame has just been sent
+                self._closed.set()
 
     def tick(self) -> None:
         """One frame: take in what happened, and send what changed to whoever can see it."""

@@ -3,6 +3,7 @@
     python -m tests.browser.chromium     # find one, or install one; prints its path
 """
 
+import atexit
 import os
 import shutil
 import subprocess
@@ -37,6 +38,33 @@ def launch_options() -> dict:
     return {"executable_path": path,
             "args": ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking",
                      "--disable-component-update", "--disable-sync", "--no-first-run", "--disable-dev-shm-usage"]}
+
+
+class SharedBrowser:
+    """One Chromium for all tests of a process: Playwright's synchronous interface allows no second beside it."""
+
+    def __init__(self):
+        self._playwright = self._browser = None
+
+    def get(self):
+        """The browser, started on first use."""
+        if self._browser is None:
+            from playwright.sync_api import sync_playwright
+
+            self._playwright = sync_playwright().start()
+            self._browser = self._playwright.chromium.launch(**launch_options())
+        return self._browser
+
+    def close(self) -> None:
+        """End it; the next `get` starts another."""
+        if self._browser is not None:
+            self._browser.close()
+            self._playwright.stop()
+        self._playwright = self._browser = None
+
+
+shared_browser = SharedBrowser()
+atexit.register(shared_browser.close)
 
 
 def install() -> str:

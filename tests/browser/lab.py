@@ -1,7 +1,7 @@
 """A real JupyterLab in a real Chromium: what a person does with a notebook, done by a test.
 
-    with Lab(root) as lab, lab.browser() as browser:
-        page = lab.open(browser, "notebooks/01_live_engine.ipynb")
+    with Lab(root) as lab:
+        page = lab.open("notebooks/01_live_engine.ipynb")
         page.run_all()
 
 The server has a port and a configuration directory of its own. Every request that would leave this machine is stopped
@@ -14,13 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Page
 
-from tests.browser.chromium import launch_options
+from tests.browser.chromium import shared_browser
 
 IDLE = """() => {
   const panel = window.jupyterapp?.shell?.currentWidget;
@@ -73,16 +71,9 @@ class Lab:
         self.log.close()
         self._scratch.cleanup()
 
-    @contextmanager
-    def browser(self) -> Iterator[Browser]:
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(**launch_options())
-            yield browser
-            browser.close()
-
-    def open(self, browser: Browser, notebook: str, *, width: int = 1280, height: int = 900) -> "LabPage":
+    def open(self, notebook: str, *, width: int = 1280, height: int = 900) -> "LabPage":
         """Open a notebook in a workspace of its own and wait for its kernel."""
-        return LabPage(self, browser.new_page(viewport={"width": width, "height": height}), notebook)
+        return LabPage(self, shared_browser.get().new_page(viewport={"width": width, "height": height}), notebook)
 
 
 class LabPage:

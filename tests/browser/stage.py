@@ -17,9 +17,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 
-from tests.browser.chromium import launch_options
+from tests.browser.chromium import shared_browser
 from widgets.feed import Feed
 from widgets.hub import Hub
 from widgets.panel import Panel
@@ -90,9 +90,7 @@ class Stage:
     """A Chromium page with panels in it. theme: "light" or "dark"."""
 
     def __init__(self, width: int = 1280, height: int = 900, theme: str = "light"):
-        self._playwright = sync_playwright().start()
-        self._browser = self._playwright.chromium.launch(**launch_options())
-        self.page: Page = self._browser.new_page(viewport={"width": width, "height": height})
+        self.page: Page = shared_browser.get().new_page(viewport={"width": width, "height": height})
         self.errors: list[str] = []
         self.page.on("console", lambda m: self.errors.append(m.text) if m.type in ("error", "warning") else None)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -108,8 +106,7 @@ class Stage:
     def __exit__(self, *_) -> None:
         for feed in self._feeds:
             feed.close()
-        self._browser.close()
-        self._playwright.stop()
+        self.page.close()
 
     def set_theme(self, name: str) -> None:
         colours = "".join(f"{key}:{value};" for key, value in THEMES[name].items())
