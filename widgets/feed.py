@@ -9,6 +9,7 @@ second is not waited for. A reader that fell behind sees the gap in the sequence
 state again. The pump never touches the engine: it reads the log, and asks by `between_steps`.
 """
 
+import importlib
 import threading
 import time
 from collections import deque
@@ -18,11 +19,11 @@ from typing import Any
 from tinyvllm.engine.events import Event
 from tinyvllm.engine.state import EngineState
 from tinyvllm.errors import TinyVLLMError
-from widgets.answers import ANSWERS
+from widgets.answers.base import ANSWERS
 from widgets.clock import FeedStats, LatencyClock
 from widgets.frames import Packer, Payload
 from widgets.hub import SELECTION, Hub
-from widgets.topics import TOPICS, Topic
+from widgets.topics.base import TOPICS, Topic
 
 FRAMES_PER_SECOND = 20
 FRAMES_UNDER_WAY = 2
@@ -53,6 +54,8 @@ class Feed:
                  start: bool = True):
         if not frames_per_second > 0:
             raise ValueError(f"frames_per_second must be above 0, got {frames_per_second!r}")
+        for registers in ("widgets.topics", "widgets.answers"):  # only now: they may import this file
+            importlib.import_module(registers)
         self.source = source
         self.hub = Hub() if hub is None else hub
         self.state = EngineState()
