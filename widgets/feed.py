@@ -9,10 +9,10 @@ second is not waited for. A reader that fell behind sees the gap in the sequence
 state again. The pump never touches the engine: it reads the log, and asks by `between_steps`.
 """
 
-import importlib
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -23,6 +23,7 @@ from widgets.answers.base import ANSWERS
 from widgets.clock import FeedStats, LatencyClock
 from widgets.frames import Packer, Payload
 from widgets.hub import SELECTION, Hub
+from widgets.register import load_all
 from widgets.topics.base import TOPICS, Topic
 
 FRAMES_PER_SECOND = 20
@@ -54,8 +55,7 @@ class Feed:
                  start: bool = True):
         if not frames_per_second > 0:
             raise ValueError(f"frames_per_second must be above 0, got {frames_per_second!r}")
-        for registers in ("widgets.topics", "widgets.answers"):  # only now: they may import this file
-            importlib.import_module(registers)
+        load_all()
         self.source = source
         self.hub = Hub() if hub is None else hub
         self.state = EngineState()
@@ -73,6 +73,7 @@ class Feed:
         self._told: dict[str, Any] | None = None
         self._recording: list[Event] | None = None
         self._backlog: list[Event] = []  # events that no frame has carried yet
+        self.on_close: list[Callable[[], Any]] = []  # called by close(): to end threads that serve this feed
         self._put_aside: dict[int, tuple] = {}  # of sources that switch_to may come back to
         self._closed = threading.Event()
         self.hub.listen(self._on_message)
@@ -116,6 +117,8 @@ class Feed:
     def close(self) -> None:
         """End the pump. The engine goes on."""
         self._closed.set()
+        for end in self.on_close:
+            end()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
 

@@ -1,15 +1,9 @@
 """Answers: what a panel can ask, by name. answer(feed, **args) gives a dictionary, a Payload, None, or a Future of one.
 
 They run in the kernel's main thread, so they are quick, or they are Futures of `feed.look`, which runs between steps.
-Each file beside this one registers the answers that it holds.
+Each file beside this one registers the answers that it holds; `widgets.register.load_all` imports them.
 """
 
-import importlib
-import pkgutil
-
 from widgets.answers.base import ANSWERS, answers
-
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = ["ANSWERS", "answers"]
