@@ -39,6 +39,16 @@ class Broken(Topic):
         raise RuntimeError("a mistake in a picture")
 
 
+@register
+class Used(Topic):
+    """The number of used blocks; it can be looked at as it was."""
+
+    name, scrubbable = "test-used", True
+
+    def snapshot(self, state):
+        return Payload({"used": state.num_used_blocks, "step": state.steps[-1].step if state.steps else 0})
+
+
 @answers("test-double")
 def double(feed, number):
     if number < 0:
@@ -54,7 +64,7 @@ def look(feed):
 @pytest.fixture(autouse=True, scope="module")
 def only_here():
     yield
-    for name in ("test-counter", "test-broken"):
+    for name in ("test-counter", "test-broken", "test-used"):
         TOPICS.pop(name)
     for name in ("test-double", "test-look"):
         ANSWERS.pop(name)
@@ -245,6 +255,32 @@ def test_recording_gives_a_run_that_tells_the_same_story():
         {name: r.token_ids for name, r in feed.state.requests.items()}
     with pytest.raises(TinyVLLMError, match="nothing is being recorded"):
         feed.stop_recording()
+
+
+def test_the_cursor_shows_the_past_to_who_can_and_leaves_the_others_in_the_present():
+    source, feed, page = fed()
+    page.ready("test-used", view="past")
+    page.ready("test-counter", view="now")
+    told = []
+    for _ in range(8):
+        source.engine.step()
+        feed.tick()
+        acknowledge(feed)
+        told.append((feed.ms(source.events.read(source.events.next_seq - 1)[0][0].t_ns), page.part("test-used")[1].data))
+    page.cursor, before = told[2]
+    source.engine.step()
+    feed.tick()
+    acknowledge(feed)
+    assert page.part("test-used") == ("snapshot", page.part("test-used")[1])
+    assert page.part("test-used")[1].data == before and before != told[-1][1]
+    assert page.part("test-counter")[1].data["upto"] == source.events.next_seq
+    source.engine.step()
+    feed.tick()
+    acknowledge(feed)
+    assert "test-used" not in page.frames[-1]["topics"]  # the past does not move
+    page.cursor = None
+    feed.tick()
+    assert page.part("test-used")[1].data["step"] == source.engine.num_steps
 
 
 def test_selection_is_checked_and_shared():

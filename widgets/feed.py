@@ -20,9 +20,11 @@ from tinyvllm.engine.events import Event
 from tinyvllm.engine.state import EngineState
 from tinyvllm.errors import TinyVLLMError
 from widgets.answers.base import ANSWERS
+from widgets.answers.inspect import check_address
 from widgets.clock import FeedStats, LatencyClock
 from widgets.frames import Packer, Payload
 from widgets.hub import SELECTION, Hub
+from widgets.reader import Reader
 from widgets.register import load_all
 from widgets.topics.base import TOPICS, Topic
 
@@ -56,17 +58,13 @@ class Feed:
         if not frames_per_second > 0:
             raise ValueError(f"frames_per_second must be above 0, got {frames_per_second!r}")
         load_all()
-        self.source = source
+        self._reader = Reader(source)
         self.hub = Hub() if hub is None else hub
-        self.state = EngineState()
         self.lock = threading.RLock()  # around state and subscriptions: the pump writes, answers read
-        self.origin_ns: int | None = None  # the first event's time: the page's time zero
         self.stats = FeedStats()
         self.error: BaseException | None = None  # the last mistake in a topic; the feed goes on without it
         self._interval = 1.0 / frames_per_second
         self._subscriptions: dict[str, Subscription] = {}
-        self._next_seq = 0
-        self._skip_to_config = False
         self._frame = 0
         self._under_way: deque[tuple[int, float]] = deque()
         self._clock = LatencyClock()
@@ -74,7 +72,8 @@ class Feed:
         self._recording: list[Event] | None = None
         self._backlog: list[Event] = []  # events that no frame has carried yet
         self.on_close: list[Callable[[], Any]] = []  # called by close(): to end threads that serve this feed
-        self._put_aside: dict[int, tuple] = {}  # of sources that switch_to may come back to
+        self._put_aside: dict[int, Reader] = {}  # of sources that switch_to may come back to
+        self._cursor: float | None = None  # of the last frame
         self._closed = threading.Event()
         self.hub.listen(self._on_message)
         self._thread = threading.Thread(target=self._run, name="tinyvllm-feed", daemon=True)
@@ -99,6 +98,16 @@ class Feed:
     # ---- for notebooks ----
 
     @property
+    def source(self) -> Any:
+        """The engine that is shown: a LiveEngine, a ReplayEngine, or None."""
+        return self._reader.source
+
+    @property
+    def state(self) -> EngineState:
+        """The engine's state as its events tell it, now."""
+        return self._reader.state
+
+    @property
     def selection(self) -> dict[str, Any]:
         """What is selected in every panel: request, token, layer, head, block, step."""
         return dict(self.hub.selection)
@@ -109,6 +118,15 @@ class Feed:
         if unknown:
             raise ValueError(f"there is no {unknown[0]!r} to select: it can be {', '.join(SELECTION)}")
         self.hub.selection = {**self.hub.selection, **what}
+
+    def inspect(self, kind: str, **address: Any) -> None:
+        """Open every BitLens of this feed on one value: feed.inspect("weight", name="model.norm.weight", row=3).
+
+        The kinds and what says where they are: see answers/inspect.py. Raises TinyVLLMError.
+        """
+        address = {"column": None, **address} if kind == "weight" else address
+        check_address({"kind": kind, **address})
+        self.hub.inspected = {"kind": kind, **address, "n": time.time_ns() // 1_000_000}
 
     @property
     def closed(self) -> bool:
@@ -127,7 +145,7 @@ class Feed:
 
     def ms(self, t_ns: int) -> float:
         """A time of an event in the page's unit: milliseconds since the feed's origin."""
-        return (t_ns - (self.origin_ns or t_ns)) / 1e6
+        return self._reader.ms(t_ns)
 
     def record(self) -> None:
         """Begin to keep every event, starting with the state as it is; `stop_recording` gives them."""
@@ -154,9 +172,8 @@ class Feed:
         with self.lock:
             if self.is_recording:
                 raise TinyVLLMError("a recording is going on: stop it first")
-            self._put_aside[id(self.source)] = self.source, self.state, self._next_seq, self.origin_ns
-            self.source, self.state, self._next_seq, self.origin_ns = self._put_aside.pop(
-                id(source), (source, EngineState(), 0, None))
+            self._put_aside[id(self.source)] = self._reader
+            self._reader = self._put_aside.pop(id(source), None) or Reader(source)
             self._backlog, self._told, self.error = [], None, None
             self.hub.cursor = None
             self._all_need_snapshots()
@@ -195,9 +212,10 @@ class Feed:
             self._missed(events)
             return
         events = self._with_missed(events)
+        past = self._look_back()
         packer, topics = Packer(), {}
         for key, sub in visible:
-            payload = self._payload(sub, events)
+            payload = self._payload(sub, events, past)
             if payload is not None:
                 topics[key] = {"mode": "snapshot" if sub.needs_snapshot else "delta", **packer.add(payload)}
                 sub.needs_snapshot = False
@@ -218,30 +236,29 @@ class Feed:
 
     def _pump(self) -> list[Event]:
         """Events since the last time, applied to the state."""
-        events, gap = self.source.events.read(self._next_seq)
-        if events:
-            self._next_seq = events[-1].seq + 1
-        if gap and self._next_seq:
-            self.stats.gaps += 1
-            self._skip_to_config = True
-            self.source.tell_again()
-        if self._skip_to_config:
-            first = next((i for i, event in enumerate(events) if event.kind == "engine_config"), None)
-            if first is None:
-                return []
-            events, self._skip_to_config = events[first:], False
+        gaps = self._reader.num_gaps
+        events, anew = self._reader.read()
+        self.stats.gaps += self._reader.num_gaps - gaps
+        if anew:
             self._all_need_snapshots()
-        if events and self.origin_ns is None:
-            self.origin_ns = events[0].t_ns
-        for event in events:
-            self.state.apply(event)
         if self._recording is not None:
             self._recording += events
         self.stats.events += len(events)
         return events
 
-    def _payload(self, sub: Subscription, events: list[Event]) -> Payload | None:
+    def _look_back(self) -> EngineState | None:
+        """The state at the cursor, if it is set and some topic has to be drawn anew for it; None otherwise."""
+        if self.hub.cursor != self._cursor:
+            self._cursor = self.hub.cursor
+            for sub in self._subscriptions.values():
+                sub.needs_snapshot |= sub.topic.scrubbable
+        wanted = any(sub.topic.scrubbable and sub.needs_snapshot for sub in self._subscriptions.values())
+        return self._reader.state_at(self._cursor) if wanted and self._cursor is not None else None
+
+    def _payload(self, sub: Subscription, events: list[Event], past: EngineState | None) -> Payload | None:
         try:
+            if sub.topic.scrubbable and self._cursor is not None:
+                return sub.topic.snapshot(past) if sub.needs_snapshot else None
             if sub.needs_snapshot:
                 return sub.topic.snapshot(self.state)
             return sub.topic.delta(self.state, events)
@@ -305,8 +322,11 @@ class Feed:
         with self.lock:
             for sub in self._subscriptions.values():
                 if message["view"] in sub.views:
+                    was_visible = sub.visible
                     sub.needs_snapshot |= message["visible"] and not sub.views[message["view"]]
                     sub.views[message["view"]] = message["visible"]
+                    if was_visible and not sub.visible:
+                        sub.topic.hidden()
 
     def _gone(self, message: dict) -> None:
         with self.lock:

@@ -25,6 +25,7 @@ IDLE = """() => {
   return panel?.sessionContext?.session?.kernel?.status === 'idle'
       && ![...panel.node.querySelectorAll('.jp-InputPrompt')].some((e) => e.textContent.includes('*'));
 }"""
+REPOSITORY = Path(__file__).parents[2]
 THEMES = ("JupyterLab Light", "JupyterLab Dark", "JupyterLab Dark High Contrast")
 QUIET = ("Failed to load resource: the server responded with a status of 404",)  # Lab asks for files that may be absent
 
@@ -43,12 +44,17 @@ class Lab:
         scratch = Path(self._scratch.name)
         environment = {**os.environ, "JUPYTER_CONFIG_DIR": str(scratch / "config"),
                        "JUPYTER_DATA_DIR": str(scratch / "data"), "JUPYTER_RUNTIME_DIR": str(scratch / "runtime"),
-                       "IPYTHONDIR": str(scratch / "ipython"), "PYTHONPATH": str(self.root)}
+                       "IPYTHONDIR": str(scratch / "ipython"), "PYTHONPATH": str(REPOSITORY)}
+        # Lab would ask, in a box over the page, whether it may fetch news.
+        settings = scratch / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+        settings.parent.mkdir(parents=True)
+        settings.write_text('{"fetchNews": "false", "checkForUpdates": false, "doNotDisturbMode": true}')
+        environment["JUPYTERLAB_SETTINGS_DIR"] = str(scratch / "settings")
         self.log = (scratch / "lab.log").open("w+")
         self._server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={self.port}",
              "--ServerApp.token=", "--ServerApp.password=", f"--ServerApp.root_dir={self.root}",
-             "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None", "--ServerApp.port_retries=0"],
+             "--LabApp.expose_app_in_browser=True", "--ServerApp.port_retries=0"],
             env=environment, stdout=self.log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 60
         while True:

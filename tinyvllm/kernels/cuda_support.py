@@ -31,7 +31,7 @@ except Exception as error:  # not installed, or broken by a mismatch of versions
 else:
     _IMPORT_ERROR = None
 
-__all__ = ["cuda", "simulated", "cuda_available", "require_cuda", "kernel", "device_function", "pointer",
+__all__ = ["cuda", "simulated", "cuda_available", "require_cuda", "device_name", "kernel", "device_function", "pointer",
            "workspace", "ceil_div", "block_threads", "row_grid", "array_or_empty"]
 
 MINIMUM_COMPUTE_CAPABILITY = (8, 0)  # Ampere: the first with bf16 tensor cores and asynchronous copies
@@ -75,11 +75,18 @@ def require_cuda() -> None:
                           f"{advice}")
     if capability < MINIMUM_COMPUTE_CAPABILITY:
         need = ".".join(map(str, MINIMUM_COMPUTE_CAPABILITY))
-        name = cuda.get_current_device().name
-        name = name.decode() if isinstance(name, bytes) else name
+        name = device_name()
         has = ".".join(map(str, capability))
         raise DeviceError(f"this GPU ({name}) has compute capability {has}; tinyvllm's kernels need {need} "
                           f"or newer (bf16 tensor cores). {advice}")
+
+
+def device_name() -> str:
+    """What the current GPU calls itself."""
+    if simulated():
+        return "numba's CUDA simulator"
+    name = cuda.get_current_device().name
+    return name.decode() if isinstance(name, bytes) else name
 
 
 # ---- compiling ----

@@ -1,5 +1,7 @@
 """An NVIDIA GPU as a backend: device arrays and numba.cuda kernels."""
 
+import contextlib
+
 import numpy as np
 
 from tinyvllm.errors import OutOfDeviceMemoryError
@@ -21,9 +23,9 @@ class CUDABackend:
 
     def __init__(self, enforce_eager: bool = False):
         require_cuda()
-        operations = cuda_backend.chosen_operations()
-        self.forward = llama.bind(operations)
-        self.argmax, self.sample = operations["argmax"], operations["sample"]
+        self.operations = cuda_backend.chosen_operations()
+        self.forward = llama.bind(self.operations)
+        self.argmax, self.sample = self.operations["argmax"], self.operations["sample"]
 
     def linear_shape(self, num_rows: int, num_columns: int) -> tuple[int, ...]:
         return num_rows, num_columns
@@ -54,6 +56,15 @@ class CUDABackend:
     def put_linear(self, destination, row_offset, rows) -> None:
         self.put(destination, row_offset, rows)
 
+    def read_linear(self, source, rows, columns) -> np.ndarray:
+        if not rows.size or not columns.size:
+            return np.empty((rows.size, columns.size), np.uint16)
+        first, last = int(rows.min()), int(rows.max())
+        return source[first:last + 1].copy_to_host()[np.ix_(rows - first, columns)]
+
+    def write_linear(self, destination, row, column, bits) -> None:
+        destination[row, column:column + 1].copy_to_device(np.array([bits], np.uint16))
+
     def put(self, destination, row_offset, rows) -> None:
         rows = np.ascontiguousarray(rows)
         destination[row_offset:row_offset + len(rows)].copy_to_device(rows)
@@ -65,6 +76,9 @@ class CUDABackend:
 
     def download(self, source) -> np.ndarray:
         return source.copy_to_host()
+
+    def exclusive(self):
+        return contextlib.nullcontext()  # one stream: one operation after the other
 
     def memory_info(self) -> tuple[int, int]:
         info = cuda.current_context().get_memory_info()

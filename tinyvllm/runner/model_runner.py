@@ -7,6 +7,7 @@ from tinyvllm.model.config import ModelConfig
 from tinyvllm.model.llama import Buffers, Dims, KVCache, Weights
 from tinyvllm.runner.backend import Backend
 from tinyvllm.runner.batch import BatchBuilder
+from tinyvllm.runner.watch import RequestWatch
 
 
 class ModelRunner:
@@ -33,22 +34,34 @@ class ModelRunner:
         self._sampling_host = {name: np.zeros(max_num_seqs, dtype) for name, dtype in dtypes.items()}
         self._sampling_device = {name: backend.empty((max_num_seqs,), dtype) for name, dtype in dtypes.items()}
         self._token_ids = backend.empty((max_num_seqs,), np.int32)
+        # For who looks in between two steps (tinyvllm/probe):
+        self.watch: RequestWatch | None = None  # keeps what one request's tokens look like on their way
+        self.profiler = None  # has a backend's forward, argmax and sample, for the next step only, and `finish`
+        self.last_sampled: list = []  # the requests whose logits are in buffers.logits, row by row
 
     def execute(self, output: SchedulerOutput) -> dict[str, int]:
         """Compute a step; returns request_id -> token for every scheduled request with `sample`."""
         batch = self.builder.build(output)
-        self.backend.forward(self.weights, self.kv_cache, batch, self.buffers, self.dims)
+        if self.watch is not None:
+            batch = self.builder.upload_watch(self.watch.enter(batch, output))
+        profiler, self.profiler = self.profiler, None
+        compute = self.backend if profiler is None else profiler
+        self.last_sampled = []
+        compute.forward(self.weights, self.kv_cache, batch, self.buffers, self.dims)
+        if self.watch is not None:
+            self.watch.leave()
         requests = [scheduled.request for scheduled in output.scheduled if scheduled.sample]
-        if not requests:
-            return {}
-        tokens = self.backend.download(self._sample(requests)).tolist()
+        tokens = self.backend.download(self._sample(requests, compute)).tolist() if requests else []
+        self.last_sampled = requests
+        if profiler is not None:
+            profiler.finish(batch)
         return {request.request_id: token for request, token in zip(requests, tokens)}
 
-    def _sample(self, requests):
+    def _sample(self, requests, compute):
         num = len(requests)
         token_ids, logits = self._token_ids[:num], self.buffers.logits[:num]
         if all(request.params.temperature == 0 for request in requests):
-            self.backend.argmax(token_ids, logits)
+            compute.argmax(token_ids, logits)
             return token_ids
         host = self._sampling_host
         for i, request in enumerate(requests):
@@ -58,8 +71,8 @@ class ModelRunner:
             host["seed"][i] = request.seed
             host["position"][i] = request.num_tokens  # the position that the new token will take
         device = {name: self.backend.upload(self._sampling_device[name], host[name][:num]) for name in host}
-        self.backend.sample(token_ids, logits, device["temperature"], device["top_k"], device["top_p"],
-                            device["seed"], device["position"])
+        compute.sample(token_ids, logits, device["temperature"], device["top_k"], device["top_p"],
+                       device["seed"], device["position"])
         return token_ids
 
 

@@ -115,3 +115,21 @@ const asBytes = (n) => n < 1024 ? `${n} B` : n < 1048576 ? `${(n / 1024).toFixed
 const asCount = (n) => n.toLocaleString("en");
 // Characters that would not be seen, made visible.
 const visibleText = (text) => text.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥");
+
+// The same look for an element: a background with the request's colour and hatch, and readable ink on it.
+function lookStyle(requestId) {
+  const { colour, hatch } = requestLook(requestId), ink = inkOn(colour);
+  const line = ink === "#000000" ? "rgba(0,0,0,0.5)" : "rgba(255,255,255,0.6)";
+  const images = ["none", `repeating-linear-gradient(135deg, ${line} 0 1.5px, transparent 1.5px 6px)`,
+    `repeating-linear-gradient(45deg, ${line} 0 1.5px, transparent 1.5px 6px)`,
+    `radial-gradient(${line} 1.6px, transparent 1.9px)`];
+  return { backgroundColor: colour, color: ink, backgroundImage: images[hatch],
+    backgroundSize: hatch === 3 ? "8px 8px" : "auto" };
+}
+// Text cut so that it fits into a width, with an ellipsis; ctx.font is set.
+function cutToWidth(ctx, text, width) {
+  if (ctx.measureText(text).width <= width) return text;
+  const letters = [...text];
+  while (letters.length > 1 && ctx.measureText(`${letters.join("")}…`).width > width) letters.pop();
+  return `${letters.join("")}…`;
+}

@@ -41,5 +41,8 @@ class Topic:
         """What changed by these events, which are in `state` already; None if nothing did."""
         return self.snapshot(state)
 
+    def hidden(self) -> None:
+        """Nobody can see it for now; the next call is snapshot() when somebody can, or close()."""
+
     def close(self) -> None:
         """The last view has gone."""
