@@ -56,7 +56,9 @@ def filled(events, **options) -> History:
     return history
 
 
-def test_the_state_at_every_time_is_that_of_applying_the_events_anew(events):
+@pytest.mark.parametrize("clock", [1, 10**5], ids=["fine clock", "coarse clock"])
+def test_the_state_at_every_time_is_that_of_applying_the_events_anew(events, clock):
+    events = [event._replace(t_ns=event.t_ns // clock * clock) for event in events]
     history, state = filled(events, chapter_work=40), EngineState()
     assert len(history._chapters) > 10
     for event, following in zip(events, [*events[1:], None]):
@@ -142,6 +144,31 @@ def test_what_is_told_again_adds_nothing_and_after_a_gap_it_is_what_there_is():
         gap.apply(event)
     assert gap.state.gaps == first - 7 and gap.state.requests["a"].token_ids == history.state.requests["a"].token_ids
     assert_same(gap.state_at(events[-1].t_ns), gap.state)
+    early = Event(events[-1].seq + 1, events[0].t_ns, "request_added", 4, "b", 3, 9)  # told with an earlier time
+    gap.apply(early), gap.apply(early._replace(seq=early.seq + 1, request_id="c"))
+    assert gap.span_ns[1] == events[-1].t_ns and "c" in gap.state_at(events[-1].t_ns).requests
+    assert "b" not in gap.state_at(events[-1].t_ns - 1).requests
+
+
+def test_a_recorded_run_told_again_moves_no_step(events):
+    history = filled(events[:200], chapter_work=40)
+    config, *others = events[:200]
+    again = [config._replace(b=len(others)), *others]
+    for seq, event in enumerate(again, start=200):
+        assert not history.apply(event._replace(seq=seq))
+    assert_same(history.state_at_step(5), plain([event for event in events[:200] if event.step <= 5]))
+    assert_same(history.state, plain(events[:200]))
+
+
+def test_after_a_reset_steps_are_those_of_the_new_run(events):
+    moved = events[-1].t_ns - events[0].t_ns + 10
+    second = [e._replace(seq=e.seq + len(events), t_ns=e.t_ns + moved) for e in events[:100]]
+    history = filled([*events, *second], chapter_work=40)
+    assert history.steps == (0, events[99].step)
+    with pytest.raises(HistoryError, match="it holds steps 0 to"):
+        history.state_at_step(events[-1].step)
+    assert_same(history.state_at(events[-1].t_ns), plain(events))  # by its time the old run is there still
+    assert_same(history.state_at_step(3), plain([event for event in second if event.step <= 3]))
 
 
 def test_a_recorded_run_that_begins_again_begins_a_new_history(events):
@@ -170,11 +197,11 @@ def long_run(num_events=200_000, batch=8, prompt=20, output=100):
             emit("request_added", name, list(range(prompt)), prompt + output)
             emit("blocks_allocated", name, list(range(100 * (waiting % 90), 100 * (waiting % 90) + 8)))
             emit("request_scheduled", name, 0, 0)
-        rows = [[n, 0, prompt, True] if done == 0 else [n, prompt + done - 1, 1, True] for n, done, _ in names]
+        rows = tuple((n, 0, prompt, True) if done == 0 else (n, prompt + done - 1, 1, True) for n, done, _ in names)
         emit("step_begun", None, len(rows), rows)
         emit("step_ended", None, 1000)
         emit("block_cached", names[0][0], step % 9000, 0)
-        emit("tokens", None, [[n, 7, " fox"] for n, *_ in names])
+        emit("tokens", None, tuple((n, 7, " fox") for n, *_ in names))
         for row in names:
             row[1] += 1
         for row in [row for row in names if row[1] >= row[2]]:
@@ -191,19 +218,22 @@ def test_any_moment_of_a_long_run_is_there_in_a_blink():
     longest = 0.0
     moments = [draw.randrange(len(events)) for _ in range(20)]
     chapters = list(history._chapters)
-    moments += [c.first - 1 for c in chapters[1:] if c.first]  # the most to apply anew
+    moments += [chapter.first - 2 for chapter in chapters[1:]]  # the most to apply anew
     for index in moments:
-        best = min(_timed(history.state_at, events[index].t_ns)[0] for _ in range(3))
-        longest = max(longest, best)
-    assert longest < 0.05, f"{longest * 1e3:.0f} ms"
+        longest = max(longest, _timed(history.state_at, events[index].t_ns))
+    assert longest < 0.05, f"{longest * 1e3:.0f} ms"  # 3 ms where measured
     index = moments[0]
     assert_same(history.state_at(events[index].t_ns), plain(events[:index + 1]))
 
 
-def _timed(function, *arguments):
-    start = time.perf_counter()
-    result = function(*arguments)
-    return time.perf_counter() - start, result
+def _timed(function, *arguments) -> float:
+    """Seconds of this thread, whatever else the machine does; the best of three."""
+    found = []
+    for _ in range(3):
+        start = time.thread_time()
+        function(*arguments)
+        found.append(time.thread_time() - start)
+    return min(found)
 
 
 def test_one_thread_writes_while_others_look_back(events):

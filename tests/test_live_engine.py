@@ -236,6 +236,18 @@ def test_looks_between_steps_always_get_an_answer(make_llm):
         late[-1].result()
 
 
+def test_who_asks_during_the_last_step_is_not_left_waiting(make_llm):
+    live = LiveEngine(make_llm())
+    execute = live.llm.runner.execute
+    live.llm.runner.execute = lambda batch: (time.sleep(0.3), execute(batch))[1]
+    live.add("The river", LONG)
+    until(lambda: live._stepping)
+    look = live.between_steps(lambda llm: 1)
+    live.close()
+    with pytest.raises(TinyVLLMError, match="this LiveEngine is closed"):
+        look.result(timeout=1)
+
+
 def test_kind_time_and_texts_of_tokens(live):
     assert live.kind == "cpu"
     before = live.now_ns()

@@ -3,47 +3,11 @@
 import numpy as np
 import pytest
 
+from tests.probe_case import GREEDY, OPTIONS, PROMPT, SAMPLED, exact_attention, run
 from tinyvllm import LLM, SamplingParams
 from tinyvllm.kernels.bf16 import bf16_to_float32
 from tinyvllm.loader.resolve import demo_model_folder
 from tinyvllm.probe import ProbeError
-
-PROMPT = [(7 * i) % 300 + 3 for i in range(37)]
-OTHERS = [PROMPT[:20] + [5, 6], [11] * 30]
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-SAMPLED = SamplingParams(temperature=0.9, top_p=0.9, seed=4, max_tokens=12, ignore_eos=True)
-OPTIONS = {"roomy": {}, "eager": dict(enforce_eager=True), "chunked": dict(max_num_batched_tokens=16, max_num_seqs=8),
-           "tiny pool": dict(num_blocks=7, max_num_seqs=3), "small blocks": dict(block_size=2),
-           "no cache": dict(use_kv_cache=False, enable_prefix_caching=False)}
-
-
-def run(llm, watch="it", until=None, params=GREEDY):
-    """{request_id: token ids} of PROMPT as "it" beside two others; `until(llm)` is called after each step."""
-    if watch:
-        llm.probe.watch(watch)
-    for request_id, prompt in zip(("first", "it", "third"), (OTHERS[0], PROMPT, OTHERS[1])):
-        llm.engine.add_request(prompt, params, request_id)
-    tokens = {}
-    while llm.engine.has_unfinished_requests():
-        for output in llm.engine.step():
-            tokens[output.request_id] = output.outputs[0].token_ids
-        if until is not None:
-            until(llm)
-    return tokens
-
-
-def exact_attention(llm, queries, block_ids, layer, head, row):
-    """float64 weights of one row from `kv` and kept queries: [row + 1], and the keys and values [row + 1, D]."""
-    config = llm.model_config
-    kv_head = head // (config.num_attention_heads // config.num_key_value_heads)
-    size = llm.engine_config.block_size
-    k, v = (np.concatenate([cache[kv_head] for cache in kinds])[:row + 1] for kinds in
-            zip(*[llm.probe.kv(layer, block_id) for block_id in block_ids[:row // size + 1]]))
-    q = bf16_to_float32(queries[layer, row].reshape(-1, config.head_dim)[head]).astype(np.float64)
-    scores = bf16_to_float32(k).astype(np.float64) @ q * config.head_dim ** -0.5
-    weights = np.exp(scores - scores.max())
-    return weights / weights.sum(), bf16_to_float32(k), bf16_to_float32(v)
-
 
 # ---- looking changes nothing ----
 
@@ -193,124 +157,6 @@ def test_attention_agrees_with_transformers():
         assert np.linalg.norm(hidden[layer] - expected) < 0.02 * np.linalg.norm(expected)
 
 
-# ---- what is kept, and for how long ----
-
-
-def test_tokens_before_watch_and_from_the_prefix_cache_are_reported_as_not_kept(make_llm):
-    llm = make_llm(block_size=8)
-    engine, probe = llm.engine, llm.probe
-    engine.add_request(PROMPT, GREEDY, "it")
-    engine.step(), engine.step()
-    assert probe.watched is None and probe.kept == [] and probe.context == 0
-    probe.watch("it")
-    assert probe.watched == "it" and probe.kept == []
-    with pytest.raises(ProbeError, match="nothing of request 'it' has been computed since watch"):
-        probe.attention([0])
-    engine.step(), engine.step()
-    computed = len(PROMPT) + 3
-    assert probe.kept == [computed - 2, computed - 1] and probe.context == computed
-    with pytest.raises(ProbeError, match="position 3 of request 'it' was not kept: it was computed before watch"):
-        probe.attention([computed - 1, 3])
-    with pytest.raises(ProbeError, match="position 3 .* was not kept"):
-        probe.hidden(3)
-    exact, *_ = exact_attention(llm, llm.runner.watch.queries, llm.runner.watch.block_ids, 0, 1, computed - 1)
-    np.testing.assert_allclose(probe.attention(computed - 1, 0, 1)[0, 0, 0], exact, rtol=2e-5, atol=1e-12)
-    run_to_end(engine)
-
-    probe.watch("again")
-    engine.add_request(PROMPT, GREEDY, "again")
-    engine.step()
-    assert probe.kept == list(range(len(PROMPT) // 8 * 8, len(PROMPT)))  # the full blocks were found
-    run_to_end(engine)
-    probe.unwatch()
-    assert probe.watched is None and llm.runner.watch is None
-    with pytest.raises(ProbeError, match="no request is watched"):
-        probe.attention([0])
-
-
-def run_to_end(engine):
-    while engine.has_unfinished_requests():
-        engine.step()
-
-
-def test_attention_outlives_the_request_until_its_blocks_are_taken(make_llm):
-    llm = make_llm(block_size=4, num_blocks=24)
-    probe = llm.probe
-    probe.watch("it")
-    llm.engine.add_request(PROMPT, GREEDY, "it")
-    run_to_end(llm.engine)
-    before = probe.attention(probe.kept)
-    assert not llm.engine.has_request("it")
-    np.testing.assert_array_equal(probe.attention(probe.kept), before)
-    llm.engine.add_request([1] * 30, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True), "greedy")
-    lost = []
-    while llm.engine.has_unfinished_requests():
-        llm.engine.step()
-        # Blocks go from the tail: what lies before the first lost one must stay the same, to the bit.
-        shown = [row for row in probe.kept if not any(4 * number <= row for number in llm.runner.watch.overwritten)]
-        lost.append(len(probe.kept) - len(shown))
-        np.testing.assert_array_equal(probe.attention(shown), before[:, :, :len(shown)])
-    assert lost[0] == 0 and 0 < lost[-1] < len(before[0, 0])
-    with pytest.raises(ProbeError, match=r"the keys of request 'it' at positions \d+ to \d+ are gone: request 'greedy' "
-                                         r"has been given their block \d+; rows before them can still be shown"):
-        probe.attention(probe.kept[-1])
-
-
-def test_a_preempted_request_is_kept_again_as_it_is_computed_again(make_llm):
-    llm = make_llm(num_blocks=7, max_num_seqs=3, enable_prefix_caching=False)
-    contexts = []
-    tokens = run(llm, until=lambda llm: contexts.append(llm.probe.context))
-    assert llm.engine.stats.num_preemptions > 0
-    roomy = make_llm()
-    assert tokens == run(roomy)
-    np.testing.assert_array_equal(llm.probe.attention([40, 2]), roomy.probe.attention([40, 2]))
-
-
-def test_only_the_first_max_tokens_are_kept(make_llm):
-    llm = make_llm()
-    llm.probe.watch("it", max_tokens=10)
-    assert llm.runner.watch.queries.shape[1] == llm.runner.watch.residual.shape[1] == 10
-    llm.engine.add_request(PROMPT, GREEDY, "it")
-    run_to_end(llm.engine)
-    assert llm.probe.kept == list(range(10)) and llm.probe.context == len(PROMPT) + 11
-    assert llm.probe.attention([9]).shape[-1] == len(PROMPT) + 11
-    with pytest.raises(ProbeError, match="watch.. keeps the first 10 positions; watch it with a larger max_tokens"):
-        llm.probe.attention([10])
-
-
-def test_a_step_that_fails_is_not_taken_for_computed(make_llm, monkeypatch):
-    llm = make_llm()
-    llm.probe.watch("it")
-    llm.engine.add_request(PROMPT, GREEDY, "it")
-    with monkeypatch.context() as patch:
-        patch.setattr(llm.runner.backend, "forward", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            llm.engine.step()
-    assert llm.probe.kept == [] and llm.probe.logits("it") is None
-    llm.engine.step()
-    assert llm.probe.kept == list(range(len(PROMPT)))
-
-
-def test_a_request_of_the_same_name_begins_anew(make_llm):
-    llm = make_llm(enable_prefix_caching=False)
-    llm.probe.watch("it")
-    llm.engine.add_request(PROMPT, GREEDY, "it")
-    run_to_end(llm.engine)
-    llm.engine.add_request(PROMPT[:5], GREEDY, "it")
-    llm.engine.step()
-    assert llm.probe.kept == [0, 1, 2, 3, 4]
-
-
-def test_a_reset_ends_the_watch(make_llm):
-    llm = make_llm()
-    probe = llm.probe
-    run(llm)
-    llm.reset(block_size=8)
-    assert llm.probe is probe and probe.watched is None and probe.kept == [] and probe.logits("it") is None
-    run(llm)
-    assert probe.kept == list(range(len(PROMPT) + 11))
-
-
 # ---- bad input loses nothing ----
 
 
@@ -341,27 +187,3 @@ def test_other_bad_input_is_refused_too(make_llm):
         with pytest.raises(ProbeError, match=words):
             call()
     assert probe.watched == "it" and probe.kept
-
-
-# ---- logits ----
-
-
-def test_logits_and_top_are_those_of_the_last_step(make_llm):
-    llm = make_llm(max_num_batched_tokens=32, max_num_seqs=8)
-    probe = llm.probe
-    llm.engine.add_request(PROMPT, GREEDY, "long")
-    llm.engine.add_request(OTHERS[1], GREEDY, "other")
-    llm.engine.step()
-    assert probe.logits("long") is None and probe.top("long") is None and probe.logits("nobody") is None
-    while llm.engine.has_unfinished_requests():
-        outputs = {o.request_id: o.outputs[0].token_ids for o in llm.engine.step()}
-        for request_id, token_ids in outputs.items():
-            logits = probe.logits(request_id)
-            assert logits.dtype == np.float32 and logits.shape == (llm.model_config.vocab_size,)
-            ids, best, total = probe.top(request_id, 5)
-            assert ids[0] == token_ids[-1] and (np.diff(best) <= 0).all()
-            np.testing.assert_array_equal(best, logits[ids])
-            order = np.lexsort((np.arange(len(logits)), -logits.astype(np.float64)))
-            np.testing.assert_array_equal(ids, order[:5])
-            np.testing.assert_allclose(total, np.log(np.exp(logits.astype(np.float64)).sum()), rtol=1e-9)
-    assert probe.top("long", 10**9) is None or len(probe.top("long", 10**9)[0]) == llm.model_config.vocab_size

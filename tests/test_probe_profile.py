@@ -7,8 +7,6 @@ import time
 import numpy as np
 import pytest
 
-from tests.golden.make_golden import write_case
-from tests.parity_cases import CASES
 from tinyvllm import SamplingParams
 from tinyvllm.bench.ceilings import Ceilings, best_rate, ceilings
 from tinyvllm.engine.events import EventLog
@@ -77,10 +75,11 @@ def test_a_step_without_logits_reads_no_vocabulary(small):
     assert "argmax" not in costs and "keep_queries" not in costs
 
 
-@pytest.mark.parametrize("case", CASES[:3], ids=lambda case: case.name)
-def test_the_weights_that_a_step_reads_are_those_of_the_checkpoint(case, tmp_path):
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("biases", [{}, dict(attention_bias=True), dict(mlp_bias=True)], ids=str)
+def test_the_weights_that_a_step_reads_are_those_of_the_checkpoint(tiny_model, tied, biases):
     """Over all linear layers and norms of one token's step, biases too; the embedding is read by the row."""
-    config = ModelConfig.from_folder(write_case(case, tmp_path / "model"))
+    config = dataclasses.replace(ModelConfig.from_folder(tiny_model), tie_word_embeddings=tied, **biases)
 
     def weights_read(tokens):
         costs = step_costs(config, StepShape(((1, 1),) * tokens, tokens))

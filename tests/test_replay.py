@@ -90,12 +90,12 @@ def test_distances_are_the_recorded_ones_divided_by_the_rate(slow, replay):
             assert slow.events[0].t_ns <= now <= slow.events[min(count, len(slow) - 1)].t_ns, "past what is to come"
             time.sleep(0.0005)
         took = time.perf_counter() - start
-        assert slow.duration_s / rate <= took < slow.duration_s / rate + 0.5
+        assert slow.duration_s / rate <= took < slow.duration_s / rate + 5  # a busy machine is late
         assert len(engine.events) == len(slow)
 
 
 def test_the_clock_goes_at_the_rate_and_stops_with_the_replay(slow, replay):
-    gap = Trace([*slow.events[:2], slow.events[2]._replace(t_ns=slow.events[1].t_ns + 10**10)])
+    gap = Trace([*slow.events[:2], slow.events[2]._replace(t_ns=slow.events[1].t_ns + 10**12)])
     engine = replay(gap, rate=2)
     start, real = engine.now_ns(), time.perf_counter_ns()
     time.sleep(0.1)
@@ -108,8 +108,8 @@ def test_the_clock_goes_at_the_rate_and_stops_with_the_replay(slow, replay):
     assert engine.now_ns() == stands and len(engine.events) == 2  # it does not wait for what is far off
     engine.resume()
     until(lambda: engine.now_ns() > stands + 10**7)
-    engine.set_rate(1000)
-    engine.wait_idle(5)
+    engine.set_rate(10**4)
+    engine.wait_idle(20)
     assert engine.now_ns() == gap.events[-1].t_ns
 
 
@@ -152,8 +152,8 @@ def test_several_steps_at_once_and_on_from_there(recorded, replay):
 def test_pausing_in_the_middle_of_a_step_finishes_it(slow, replay):
     middles = [i for i, event in enumerate(slow.events) if event.kind == "step_begun"]
     far = slow.events[middles[2]].t_ns
-    # The third step takes ten seconds.
-    stretched = [e if e.seq <= middles[2] else e._replace(t_ns=e.t_ns + 10**10) for e in slow.events]
+    # The third step takes a thousand seconds.
+    stretched = [e if e.seq <= middles[2] else e._replace(t_ns=e.t_ns + 10**12) for e in slow.events]
     engine = replay(Trace(stretched), rate=10)
     until(lambda: len(engine.events) == middles[2] + 1)
     for call in (engine.pause, engine.pause):
@@ -172,11 +172,75 @@ def test_pausing_in_the_middle_of_a_step_finishes_it(slow, replay):
     assert len(Trace(engine.events.read(since)[0]).state().steps) == 5
 
 
+def far_away(events, count, *more):
+    """A trace of so many events, and then, a thousand seconds later, others."""
+    later = events[count - 1].t_ns + 10**12
+    return Trace([*events[:count], *(Event(count + i, later, *what) for i, what in enumerate(more))])
+
+
+@pytest.mark.parametrize("more", [
+    [("request_added", 2, "x", 3, 9)],
+    [("request_finished", 2, "r1", "abort", 1)],
+    [("blocks_freed", 2, "r1", [1], None), ("request_finished", 2, "r1", "abort", 1)],
+    [("engine_config", 0, None, {}, None)],
+], ids=lambda more: more[0][0])
+def test_pausing_after_a_step_does_not_hasten_what_came_long_after(recorded, replay, more):
+    _, events, ends = recorded
+    engine = replay(far_away(events, ends[1], *more), rate=10)
+    until(lambda: len(engine.events) == ends[1])
+    engine.pause()
+    until(lambda: engine.state == "paused")
+    stands = engine.now_ns()
+    assert len(engine.events) == ends[1] and stands < events[ends[1] - 1].t_ns + 5 * 10**11
+    engine.set_rate(1000)
+    time.sleep(0.02)
+    assert engine.now_ns() == stands, "a new rate sets a paused clock going"
+    engine.step()
+    until(lambda: len(engine.events) == ends[1] + len(more))
+
+
+def test_a_reset_in_a_recorded_run_is_no_step(recorded, replay):
+    _, events, ends = recorded
+    once = events[:ends[3]]
+    moved = [e._replace(seq=e.seq + len(once), t_ns=e.t_ns + once[-1].t_ns) for e in once]
+    engine = replay(Trace([*once, *moved]), paused=True)
+    engine.step(4)
+    until(lambda: engine.state == "paused" and len(engine.events) >= len(once) + 5)
+    time.sleep(0.02)
+    assert len(engine.events) == len(once) + 5  # the second run's configuration and four arrivals
+    engine.step()
+    until(lambda: engine.state == "paused" and len(engine.events) > len(once) + 5)
+    assert Trace(engine.events.read()[0]).state().steps[-1].step == 1
+
+
+def test_under_a_speed_limit_a_step_takes_as_long_as_it_took(replay):
+    events = [Event(0, 0, "engine_config", 0, None, {}, None)]
+    for step in range(1, 4):  # every 50 ms a step of 40 ms
+        for t_ms, kind, a, b in ((50, "step_begun", 0, []), (90, "step_ended", 1, None)):
+            events.append(Event(len(events), (50 * step + t_ms) * 10**6, kind, step, None, a, b))
+    log, times = EventLog(), []
+    emit_at = log.emit_at
+    log.emit_at = lambda *event: (times.append(time.perf_counter()), emit_at(*event))
+    replay(Trace(events), events=log, steps_per_second=5).wait_idle()
+    for begun in (1, 3, 5):
+        assert times[begun + 1] - times[begun] > 0.03
+    assert times[3] - times[1] > 0.18 and times[5] - times[3] > 0.18
+
+
+def test_the_slowest_rate_is_still_heard(slow, replay):
+    engine = replay(slow, rate=1e-15)
+    until(lambda: len(engine.events) > 0)
+    time.sleep(0.05)
+    assert engine.state == "running" and engine.error is None
+    engine.set_rate(float("inf"))
+    engine.wait_idle(5)
+
+
 def test_speed_limits_the_steps_and_never_hastens_them(slow, replay):
     steps = sum(event.kind == "step_begun" for event in slow.events)
     start = time.perf_counter()
     replay(slow, steps_per_second=40).wait_idle()  # recorded at about 90
-    assert (steps - 1) / 40 <= time.perf_counter() - start < steps / 40 + 1
+    assert (steps - 1) / 40 <= time.perf_counter() - start < steps / 40 + 5
     start = time.perf_counter()
     replay(slow, steps_per_second=10_000).wait_idle()
     assert time.perf_counter() - start >= slow.duration_s
@@ -233,6 +297,17 @@ def test_stop_is_heard_while_it_waits_for_a_far_event(slow, replay):
     assert time.perf_counter() - start < 0.15 and engine.state == "closed"
 
 
+def test_telling_again_what_has_not_begun_tells_nothing(recorded, replay):
+    engine = replay(Trace(recorded[1]), rate=float("inf"))
+    for _ in range(100):
+        engine.reset(), engine.tell_again()
+    engine.wait_idle()
+    assert all(e.b is None or e.b >= 0 for e in engine.events.read()[0] if e.kind == "engine_config")
+    state = EngineState()
+    catch_up(state, engine.events)
+    assert state.requests == Trace(recorded[1]).state().requests
+
+
 def test_whoever_fell_behind_is_told_again(recorded, replay):
     _, events, _ = recorded
     engine = replay(Trace(events), paused=True)
@@ -243,6 +318,9 @@ def test_whoever_fell_behind_is_told_again(recorded, replay):
     since = engine.events.next_seq
     engine.tell_again()
     until(lambda: engine.events.next_seq == 2 * since)
+    known = {name: id(request) for name, request in whole.requests.items()}
+    catch_up(whole, engine.events)
+    assert {name: id(request) for name, request in whole.requests.items()} == known, "who knows it was told anew"
     again, late = engine.events.read(since)[0], EngineState()
     assert again[0].kind == "engine_config" and again[-1].t_ns == engine.now_ns()
     for event in again:

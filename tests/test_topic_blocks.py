@@ -228,6 +228,45 @@ def test_the_past_is_shown_while_the_cursor_stands_there_and_answers_speak_of_it
     assert_equals_engine(mirror, source.engine)
 
 
+def test_a_block_of_the_past_is_not_said_to_hold_what_came_later():
+    source = SteppedSource(num_blocks=2)
+    feed = SteppedFeed(source)
+    feed.page.ready("blocks")
+    source.engine.add_request([1, 2, 3, 4, 5], greedy(3), "a")
+    source.engine.step()
+    feed.tick()
+    then, table = feed.ms(source.now_ns()), list(source.engine.kv_cache_manager.req_to_block_ids["a"])
+    copy, places = feed.state.clone(), dict(feed.state.block_places)
+    source.engine.abort("a")
+    source.engine.add_request([9, 8, 7, 6, 5], greedy(3), "b")  # its blocks are a's, in another order
+    source.engine.step()
+    feed.tick()
+    assert source.engine.kv_cache_manager.req_to_block_ids["b"] == table[::-1]
+    feed.hub.cursor = then
+    feed._under_way.clear()
+    feed.tick()
+    told = [block(feed, block_id) for block_id in table]
+    assert [t["owners"] for t in told] == [["a"], ["a"]] and [t["start"] for t in told] == [0, 4]
+    assert [token for t in told for _, token, _ in t["tokens"]] == [1, 2, 3, 4, 5]
+    assert copy.block_places == places != feed.state.block_places
+
+
+def test_a_cache_that_is_forgotten_is_shown_so():
+    source, mirror = SteppedSource(num_blocks=16), Mirror()
+    feed = SteppedFeed(source)
+    feed.page.ready("blocks")
+    source.engine.add_request(list(range(12)), greedy(2), "a")
+    while source.engine.has_unfinished_requests():
+        source.engine.step()
+    feed.tick()
+    source.engine.kv_cache_manager.forget_cached()  # as after a change of weights
+    feed.tick()
+    for frame in feed.page.frames:
+        mirror.take(unpack(frame["topics"]["blocks"], frame["buffers"]))
+    assert len(feed.page.frames) == 2 and not mirror.cached.any()
+    assert_equals_engine(mirror, source.engine)
+
+
 def test_before_anything_was_told_there_is_an_empty_pool():
     topic = BlocksTopic(SteppedFeed(SteppedSource()))
     payload = topic.snapshot(topic.feed.state)

@@ -10,7 +10,7 @@ from tests.toy import continuation, toy_engine
 from tinyvllm import LLM, LiveEngine, SamplingParams
 from tinyvllm.engine.state import RequestState, Span
 from tinyvllm.errors import RequestError
-from tinyvllm.kernels.bf16 import bf16_to_float32
+from tinyvllm.kernels.bf16 import bf16_to_float32, float32_to_bf16
 from widgets.answers.race import every_request, fork, next_token
 from widgets.feed import Feed
 from widgets.topics.race import KEPT_TEXT, parent_of
@@ -189,6 +189,8 @@ def test_told_again_the_text_is_still_whole(race):
         source.engine.step()
         reader.tick()
     source.tell_again()
+    reader.tick()
+    assert reader.by_id()["r0"]["status"] == "decode"
     while source.engine.has_unfinished_requests():
         source.engine.step()
         reader.tick()
@@ -290,6 +292,9 @@ def test_the_distribution_holds_all_logits_by_value(live, feed):
     assert np.array_equal(np.repeat(bf16_to_float32(bits), counts), np.sort(logits)[::-1])
     expected = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:12]
     assert data["ids"][:12] == expected and data["chosen"] in data["ids"]
+    keys_of_bits = {int(bit): int(key) for bit, key in zip(bits, keys)}
+    bits_of_ids = float32_to_bf16(logits[data["ids"]])
+    assert answer.arrays["top_keys"].tolist() == [keys_of_bits[int(bit)] for bit in bits_of_ids]
     assert data["position"] == len(tokens) - 1 and data["chosen"] == tokens[-1]
     assert (data["temperature"], data["top_k"], data["top_p"]) == (0.9, 40, 0.95)
     assert "Once upon a time".endswith(data["before"][:5]) or data["before"].startswith("<|begin")

@@ -1,4 +1,4 @@
-"""StepAnatomy's data: batches and times as the events have them, profiles summed by operation, found again after a reload."""
+"""StepAnatomy's data: batches and times as the events have them, profiles summed by operation and never lost."""
 
 import json
 
@@ -13,8 +13,8 @@ from tinyvllm.engine.trace import Trace
 from widgets.frames import unpack
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-PROFILE = [["embed", -1, 100, 10, 0], ["proj", 0, 200, 1000, 4000], ["attn", 0, 50, 30, 60], ["proj", 1, 300, 1000, 4000],
-           ["attn", 1, 70, 30, 60], ["head", -1, 500, 5000, 10000]]
+PROFILE = [["embed", -1, 100, 10, 0], ["proj", 0, 200, 1000, 4000], ["attn", 0, 50, 30, 60],
+           ["proj", 1, 300, 1000, 4000], ["attn", 1, 70, 30, 60], ["head", -1, 500, 5000, 10000]]
 
 
 @pytest.fixture
@@ -68,7 +68,8 @@ def test_the_newest_step_says_who_was_in_it(feed, source):
     for _ in range(4):
         source.engine.step()
         data, _ = last(feed)
-        step, events = feed.state.steps[-1], [e for e in source.events.read()[0] if e.kind in ("step_begun", "step_ended")]
+        step = feed.state.steps[-1]
+        events = [event for event in source.events.read()[0] if event.kind in ("step_begun", "step_ended")]
         assert data["step"]["step"] == step.step == data["newest"] and data["step"]["tokens"] == step.num_tokens
         assert [row[:3] for row in data["step"]["rows"]] == [list(row[:3]) for row in step.batch]
         assert data["step"]["runner"] == pytest.approx(events[-1].a / 1e6)

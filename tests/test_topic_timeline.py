@@ -305,5 +305,5 @@ def test_the_answer_to_a_clicked_request_is_its_figures():
     source.engine.add_request(prompt, GREEDY, "waits")
     reader.tick()
     assert timeline_request(feed, "waits")["ttft"] is None
-    with pytest.raises(TinyVLLMError, match="no request 'nobody'"):
+    with pytest.raises(TinyVLLMError, match="'nobody' is not known"):
         timeline_request(feed, "nobody")

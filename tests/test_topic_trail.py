@@ -133,14 +133,14 @@ def test_the_embedding_row_is_the_files(feed):
 
 
 def test_deltas_add_up_to_the_request():
-    source = SteppedSource(num_blocks=64, block_size=4)
+    source = SteppedSource(num_blocks=64, block_size=4, max_num_batched_tokens=1)
     feed = SteppedFeed(source)
     feed.page.ready("trail")
     feed.tick()
     assert feed.page.part("trail")[1].data["request"] is None
     source.engine.add_request([1, 2, 3, 4, 5], SamplingParams(temperature=0, max_tokens=9), "a")
     feed.page.selection = {**feed.page.selection, "request": "a"}
-    ids, blocks, sizes = [], [], []
+    ids, blocks, sizes, computed = [], [], [], None
     while True:
         before = len(feed.page.frames)
         feed.tick()
@@ -153,8 +153,10 @@ def test_deltas_add_up_to_the_request():
             blocks = payload.arrays["blocks"].tolist() if "blocks" in payload.arrays else blocks
             request = feed.state.requests["a"]
             assert ids == request.prompt_token_ids + request.token_ids and blocks == request.block_ids
-            assert payload.data["computed"] == request.num_computed_tokens and payload.data["block_size"] == 4
+            computed = payload.data["computed"]
+            assert payload.data["block_size"] == 4
             assert len(payload.data["tokens"]) == len(payload.arrays["ids"])
+        assert computed == feed.state.requests["a"].num_computed_tokens
         if not source.engine.has_unfinished_requests():
             break
         source.engine.step()

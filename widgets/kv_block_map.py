@@ -3,7 +3,7 @@
 from widgets.panel import Panel
 
 
-class KVBlockMap(Panel, script="kv_block_map.js"):
+class KVBlockMap(Panel, script=("blocks_model.js", "blocks_draw.js", "kv_block_map.js")):
     """The pool as a grid, the selected request's block table above it, and every request's use of memory beside it.
 
         KVBlockMap(live, height=360)

@@ -5,7 +5,7 @@ import traitlets
 from widgets.panel import Panel
 
 
-class StepAnatomy(Panel, script=("roofline.js", "step_anatomy.js")):
+class StepAnatomy(Panel, script=("roofline.js", "step_draw.js", "step_anatomy.js")):
     """Who was in a step, what the host and the runner took; on request, every operation with its time, bytes and flops.
 
     "take the next step apart" has the next step run operation by operation with a clock around each: the same tokens,

@@ -18,7 +18,7 @@ class TensorFile(Panel, script=("formats.js", "byte_ruler.js", "heat_map.js", "t
 
     source: a LiveEngine, whose model it shows; a Feed; or the path of a safetensors file, a folder, a hub id or "demo".
     path: what to show instead of the engine's own model. Clicked values open in every BitLens of the same feed.
-    file: which of several files. tensor, row, column: what is selected; both can be set, and read after clicking.
+    file: which of several files. tensor, row, column: what is selected (see `select`), also by clicking.
     """
 
     key = traitlets.Unicode("").tag(sync=True)  # what the page calls the opened model
@@ -42,6 +42,11 @@ class TensorFile(Panel, script=("formats.js", "byte_ruler.js", "heat_map.js", "t
         OPENED[traits["key"]] = self.files
         super().__init__(source, **traits)
         self._summarise()
+
+    def select(self, tensor: str, row: int = 0, column: int = 0) -> None:
+        """Show one element of a tensor of the open file, and what is around it."""
+        with self.hold_sync():  # the page hears of all three at once
+            self.tensor, self.row, self.column = tensor, row, column
 
     @traitlets.observe("file", "tensor", "row", "column")
     def _summarise(self, _: Any = None) -> None:

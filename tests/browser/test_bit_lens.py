@@ -5,8 +5,11 @@ import pytest
 from tests.browser.stage import Stage
 from tinyvllm import LLM, SamplingParams
 from tinyvllm.engine.live import LiveEngine
+from tinyvllm.engine.replay import ReplayEngine
+from tinyvllm.engine.trace import Trace
 from tinyvllm.errors import TinyVLLMError
-from widgets import BitLens
+from widgets import BitLens, TensorFile
+from widgets.answers import ANSWERS
 from widgets.number_formats import FORMATS, parse, short_decimal, two_to
 
 NORM = "model.norm.weight"
@@ -215,45 +218,58 @@ def test_whatever_is_clicked_last_is_shown_and_a_dead_address_is_told(stage, liv
     feed.inspect("weight", name="model.no.such", row=0, column=0)
     stage.until(lambda: stage.page.locator(".tv-trouble").is_visible())
     assert "no.such" in stage.page.inner_text(".tv-trouble")
-    enter(stage, "0.5")  # a number of one's own: no longer that weight
-    assert line.inner_text() == "" and not stage.page.locator(".bl-patch").is_visible()
+    stage.run(0.01)
+    feed.inspect("weight", name=NORM, row=4)
+    stage.until(lambda: line.get_attribute("data-words") == "norm.weight [4]")
+    enter(stage, "0.5")  # typed over the weight: what would be written
+    assert lens.bits == 0x3F00 and not stage.page.locator("text=write into the running model").is_disabled()
+    stage.page.click("text=let go")
+    stage.run(0.1)
+    assert line.inner_text() == "" and not stage.page.locator(".bl-patch").is_visible() and lens.value == "0.5"
 
 
-def test_a_recorded_run_refuses_calmly(stage):
-    class Recorded:
-        """What a ReplayEngine is to the lens: a source that refuses to be looked into."""
+def test_the_lens_follows_a_weight_that_somebody_else_changes(stage, live):
+    feed = stage.feed(live)
+    lens = BitLens(feed)
+    stage.show(lens)
+    feed.inspect("weight", name=NORM, row=5)
+    stage.until(lambda: stage.page.locator(".bl-address").get_attribute("data-words") == "norm.weight [5]")
+    loaded = lens.bits
+    probe(live, lambda p: p.set_weight(NORM, 5, None, 0x4080))
+    live.add("Once", SamplingParams(temperature=0, max_tokens=3))  # a step goes by
+    stage.until(lambda: lens.bits == 0x4080)
+    assert f"loaded as {loaded:#06X}".replace("0X", "0x") in stage.page.inner_text(".bl-address")
+    probe(live, lambda p: p.restore())
+    live.add("Once", SamplingParams(temperature=0, max_tokens=3))
+    stage.until(lambda: lens.bits == loaded)
 
-        kind, error, state = "replay", None, "idle"
 
-        def __init__(self, events):
-            self.events = events
+def test_a_recorded_run_refuses_calmly(stage, live):
+    live.add("Once", SamplingParams(temperature=0, max_tokens=3))
+    live.wait_idle()
+    live.tell_again()
+    live.wait_idle()
+    events = live.events.read()[0]
+    first = max(i for i, event in enumerate(events) if event.kind == "engine_config")
+    with ReplayEngine(Trace(events[first:]), rate=float("inf")) as replay:
+        refuses_calmly(stage, stage.feed(replay))
 
-        def now_ns(self):
-            return 0
 
-        def tell_again(self):
-            pass
-
-        def between_steps(self, look, *arguments):
-            from concurrent.futures import Future
-
-            refused = Future()
-            refused.set_exception(TinyVLLMError("this is a recorded run: its weights were not recorded"))
-            return refused
-
-    from tinyvllm.engine.events import EventLog
-
-    feed = stage.feed(Recorded(EventLog()))
+def refuses_calmly(stage, feed):
     lens = BitLens(feed, bits=0x3F80)
     stage.show(lens)
     feed.inspect("weight", name=NORM, row=3)
     stage.until(lambda: stage.page.locator(".tv-trouble").is_visible())
-    assert "recorded run" in stage.page.inner_text(".tv-trouble") and lens.bits == 0x3F80
+    assert "no model in it to look into" in stage.page.inner_text(".tv-trouble") and lens.bits == 0x3F80
     stage.run(0.01)
     feed.inspect("weight", name=NORM, row=3, format="bf16", bits=0x4000, file="model.safetensors", offset=8)
     stage.until(lambda: stage.page.locator(".bl-address").get_attribute("data-source") == "file")
-    assert lens.bits == 0x4000 and "recorded run" in stage.page.inner_text(".bl-address")
+    assert lens.bits == 0x4000 and "no model in it" in stage.page.inner_text(".bl-address")
     assert not stage.page.locator(".bl-patch").is_visible()
+    with pytest.raises(TinyVLLMError, match="recorded run cannot generate"):
+        ANSWERS["generate_again"](feed, prompt="x")
+    with pytest.raises(TinyVLLMError, match="recorded run has no model file"):
+        TensorFile(feed)
 
 
 def probe(live, function):

@@ -244,6 +244,16 @@ def test_a_page_that_is_drawn_anew_knows_everything(bar):
     assert stage.page.text_content("[data-field='arrivals'] + output") != "off"
 
 
+def test_back_to_now_is_offered_while_the_panels_show_the_past(bar):
+    stage, _ = bar
+    feed = stage.panels["panel-0"].feed
+    assert stage.page.is_hidden(do("now"))
+    feed.hub.cursor = 5.0
+    stage.until(lambda: stage.page.is_visible(do("now")))
+    stage.page.click(do("now"))
+    stage.until(lambda: feed.hub.cursor is None and stage.page.is_hidden(do("now")))
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width, scale", [(1280, 1), (1280, 2), (900, 1), (900, 2)])
 def test_nothing_is_cut_off(llm, theme, width, scale):

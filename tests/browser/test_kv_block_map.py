@@ -101,18 +101,23 @@ def pixels(stage, *places):
 
 def test_the_page_is_the_pool_with_sharing_preemption_and_eviction(shown):
     stage, live = shown
-    seen = {"shared": 0, "findable": 0, "preempted": 0}
-    for moment in range(7):
-        for _ in range(2):
-            tell(stage, live, f"{STORY} {'Please. ' * (moment % 3)}")
-        live.resume()
-        steps = live.stats.num_steps + 25
-        stage.until(lambda steps=steps: live.stats.num_steps >= steps or live.state == "idle")
-        pause(stage, live)
+    seen = {"shared": 0, "findable": 0}
+    live.set_speed(None)
+    live.pause()
+    for moment in range(8):
+        if moment == 5:
+            live.abort(*live.stats.running[:2])
+        else:
+            for _ in range(2):
+                tell(stage, live, f"{STORY} {'Please. ' * (moment % 3)}")
+            steps = live.stats.num_steps + 25
+            live.step(25)
+            stage.until(lambda steps=steps: live.stats.num_steps == steps)
+        live.between_steps(lambda llm: None).result(timeout=10)
         shared, findable = assert_page_is_pool(stage, live)
         seen["shared"] += shared
         seen["findable"] += findable
-        seen["preempted"] = live.stats.num_preemptions
+    seen["preempted"] = live.stats.num_preemptions
     kinds = {event.kind for event in live.events.read(0)[0]}
     assert all(seen.values()) and "blocks_evicted" in kinds, seen
     live.stop()

@@ -160,11 +160,13 @@ ADVERSARIAL = [
     np.float32([0.0, -0.0, 0.0, -0.0, -1e-38, 1e-38, -5, 5]),                  # zeros of both signs are one number
     np.float32([-100, -100.5, -101, -300, -300, -300, -300, -300]),            # all negative
     np.float32([3e38, -3e38, 1, 2, 3, 4, 5, 6]), np.float32([80, 79.5, 79, 0, 0, 0, 0, 0]),
+    np.arange(10, dtype=np.float32),                                           # all alike where it is very hot
     np.random.default_rng(0).normal(0, 3, 40).astype(np.float32),
     np.full(8, np.nan, np.float32), np.float32([np.inf, 1, 2, 3, 4, 5, 6, 7]),
 ]
 SETTINGS = [(1.0, 0, 1.0), (0.3, 3, 1.0), (1.0, 1, 1.0), (2.0, 0, 0.9), (1.0, 0, 0.5), (0.7, 4, 0.7), (1.0, 2, 1e-6),
-            (1.5, 1000, 0.99), (1e-3, 0, 0.9), (50.0, 7, 0.33)]
+            (1.5, 1000, 0.99), (1e-3, 0, 0.9), (50.0, 7, 0.33),
+            (1e38, 0, 0.5), (1e38, 0, 0.3), (1e38, 0, 0.7)]  # shares that are reached exactly, in float32
 
 
 def test_the_pages_arithmetic_is_the_numpy_twins(stage, monkeypatch):

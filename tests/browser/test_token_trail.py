@@ -131,7 +131,7 @@ def test_the_slot_is_where_the_engine_keeps_the_token(stage, live, llm):
     assert tokens[-1]["pending"] and [token["at"] for token in tokens if token["selected"]] == [20]
     blocks = live.between_steps(
         lambda llm: list(llm.engine.kv_cache_manager.block_ids(llm.engine.scheduler.running[0]))).result(10)
-    for at in (0, 9, len(tokens) - 2):
+    for at in (0, 7, 8, len(tokens) - 2):
         stage.page.click(f"[data-at='{at}']")
         stage.until(lambda at=at: feed.selection["token"] == at)
         assert stage.page.get_attribute(PATH, "data-block") == str(blocks[at // 8])

@@ -7,7 +7,7 @@ import pytest
 
 from tests.kernel_cases import fresh_rng, poisoned, random_bf16
 from tests.model_files import write_tiny_model
-from tests.test_probe_attention import exact_attention
+from tests.probe_case import exact_attention
 from tests.test_probe_kernels import rows_case
 from tinyvllm import LLM, SamplingParams
 from tinyvllm.bench.ceilings import ceilings

@@ -3,8 +3,9 @@
     (sequence number, t_ns, kind, step, request_id, a, b)
 
 `a` and `b` depend on the kind (the table below). Events are plain tuples of numbers, strings and lists, so that a trace
-is a file of them and a widget needs nothing else. The engine emits them only while somebody listens: without an
-EventLog it spends one comparison with None on each.
+is a file of them and a widget needs nothing else. Rows are tuples, which Python's garbage collector soon leaves alone:
+of millions of small lists it would hold everybody up for a fifth of a second at a time. The engine emits events only
+while somebody listens: without an EventLog it spends one comparison with None on each.
 
 | kind | request_id | a | b |
 |---|---|---|---|
@@ -14,7 +15,7 @@ EventLog it spends one comparison with None on each.
 | request_scheduled | yes | tokens found in the prefix cache; told again: [that, computed ones] | preemptions so far |
 | request_preempted | yes | tokens that had been computed | - |
 | request_finished | yes | finish reason | output tokens |
-| step_begun | - | tokens in the step | [[request_id, start, count, sampled], ...], decodes first |
+| step_begun | - | tokens in the step | ((request_id, start, count, sampled), ...), decodes first |
 | step_ended | - | nanoseconds the runner took | - |
 | step_failed | - | the error | - |
 | blocks_allocated | yes | [block_id, ...], fresh ones | - |
@@ -22,7 +23,7 @@ EventLog it spends one comparison with None on each.
 | block_cached | yes | block_id, full and findable from now on | its number in the request |
 | blocks_evicted | - | [block_id, ...], no longer findable | - |
 | blocks_freed | yes | [block_id, ...], let go by this request | - |
-| tokens | - | [[request_id, token id, its text as far as it is whole], ...] | told again: [its t_ns, ...] |
+| tokens | - | ((request_id, token id, its text as far as it is whole), ...) | told again: [its t_ns, ...] |
 | step_profiled | - | [[operation, layer or -1, nanoseconds, bytes, flops], ...] | {what was measured how} |
 """
 

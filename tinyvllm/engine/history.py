@@ -16,7 +16,7 @@ from tinyvllm.engine.events import Event
 from tinyvllm.engine.state import EngineState
 from tinyvllm.errors import TinyVLLMError
 
-CHAPTER_WORK = 20_000  # rows of batches and tokens, and events: about what can be applied anew in ten milliseconds
+CHAPTER_WORK = 10_000  # events, rows of batches, tokens: as many as are applied anew in a few milliseconds
 
 
 class HistoryError(TinyVLLMError, LookupError):
@@ -64,7 +64,7 @@ class History:
             if is_new:
                 self._step_ends[event.step] = self._num_events
             if chapter.work >= self.chapter_work:
-                self._chapters.append(_Chapter(self.state.clone(), self._num_events, self._newest_ns))
+                self._chapters.append(_Chapter(_frozen(self.state), self._num_events, self._newest_ns))
                 self._forget()
             return is_new
 
@@ -124,6 +124,15 @@ def _work(event: Event) -> int:
     if event.kind == "step_begun":
         return 1 + 2 * len(event.b)  # once more when it ends
     return 1 + len(event.a) if event.kind == "tokens" else 1
+
+
+def _frozen(state: EngineState) -> EngineState:
+    """A copy to keep, which may only be cloned: its longest lists are tuples, no work for the garbage collector."""
+    state = state.clone()
+    for request in state.requests.values():
+        if request.finished_ns is None:
+            request.token_ids, request.token_ns = tuple(request.token_ids), tuple(request.token_ns)
+    return state
 
 
 def _later(state: EngineState, events: list[Event]) -> EngineState:

@@ -56,7 +56,7 @@ class LLMEngine:
         self._requests: dict[str, Request] = {}
         self._detokenizers: dict[str, Any] = {}
         self._pending: list[RequestOutput] = []  # made, but not handed to anybody yet
-        self._new_tokens: list[list] = []  # [request_id, token id, text] not told to the listener yet
+        self._new_tokens: list[tuple] = []  # (request_id, token id, text) not told to the listener yet
         self.num_steps = self.num_finished = self.num_prompt_tokens = self.num_output_tokens = 0
         self.last_step_tokens = 0
 
@@ -231,7 +231,7 @@ class LLMEngine:
         if events is None:
             return self.runner.execute(batch)
         events.emit("step_begun", None, batch.total_num_scheduled_tokens,
-                    [[s.request.request_id, s.start, s.num_scheduled_tokens, s.sample] for s in batch.scheduled])
+                    tuple((s.request.request_id, s.start, s.num_scheduled_tokens, s.sample) for s in batch.scheduled))
         start = time.perf_counter_ns()
         try:
             tokens = self.runner.execute(batch)
@@ -260,7 +260,7 @@ class LLMEngine:
         if self._new_tokens:
             tokens, self._new_tokens = self._new_tokens, []
             if self.events is not None:
-                self.events.emit("tokens", None, tokens)
+                self.events.emit("tokens", None, tuple(tokens))
 
     def _emit(self, request: Request) -> None:
         """Make an output of a request's state; if it has ended, let go of everything that belongs to it."""
@@ -275,7 +275,7 @@ class LLMEngine:
         request.token_times += [now] * len(new_ids)
         if self.events is not None:
             for i, token_id in enumerate(new_ids, start=1):
-                self._new_tokens.append([request.request_id, token_id, new_text if i == len(new_ids) else ""])
+                self._new_tokens.append((request.request_id, token_id, new_text if i == len(new_ids) else ""))
         metrics.num_cached_tokens = max(0, request.num_cached_tokens)
         if request.status.is_finished:
             metrics.finished_time = now

@@ -201,9 +201,8 @@ class ReplayEngine(Driver):
 
     def _finish_step(self) -> None:
         """Emit what is left of the step in whose middle the replay is, but not what came after it."""
-        number = bisect_left(self._step_starts, self._next)
-        end, limit = self._next, self._step_start(number)
-        while number and end < limit and not self._is_between_steps(end):
+        end, limit = self._next, self._step_start(bisect_left(self._step_starts, self._next))
+        while end < limit and not self._is_between_steps(end):
             end += 1
         self._emit_until(end)
 

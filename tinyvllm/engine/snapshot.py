@@ -50,8 +50,8 @@ def _tell(engine: "LLMEngine") -> Iterator[tuple]:
         if blocks:
             yield None, "blocks_allocated", name, list(blocks), None
         if request.num_emitted_tokens:
-            tokens = [[name, token_id, ""] for token_id in request.output_token_ids[:request.num_emitted_tokens]]
-            tokens[-1][2] = engine.emitted_text(name)
+            *earlier, last = request.output_token_ids[:request.num_emitted_tokens]
+            tokens = *((name, token_id, "") for token_id in earlier), (name, last, engine.emitted_text(name))
             yield None, "tokens", None, tokens, [_ns(t) for t in request.token_times]
     for block in manager.pool.blocks:
         if block.block_hash is not None:

@@ -61,18 +61,18 @@ class RequestState:
 
     def clone(self) -> Self:
         """A copy that goes its own way."""
-        return replace(self, token_ids=self.token_ids.copy(), token_ns=self.token_ns.copy(),
-                       block_ids=self.block_ids.copy(), spans=[*self.spans[:-1], replace(self.spans[-1])])
+        return replace(self, token_ids=list(self.token_ids), token_ns=list(self.token_ns), block_ids=list(self.block_ids),
+                       spans=[*self.spans[:-1], replace(self.spans[-1])])
 
 
 @dataclass(slots=True)
 class StepState:
-    """One step: its batch as [request_id, start, count, sampled], and its times."""
+    """One step: its batch as ((request_id, start, count, sampled), ...), and its times."""
 
     step: int
     begin_ns: int
     num_tokens: int
-    batch: list[list]
+    batch: tuple[tuple, ...]
     end_ns: int | None = None
     runner_ns: int | None = None
     error: str | None = None

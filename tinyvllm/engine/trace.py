@@ -168,6 +168,10 @@ def _event(line: bytes) -> Event:
     for name in ("seq", "t_ns", "step"):
         if type(getattr(event, name)) is not int:
             raise ValueError(f"its {name} must be a whole number, got {getattr(event, name)!r}")
+    if event.kind == "tokens":
+        return event._replace(a=tuple(map(tuple, event.a)))
+    if event.kind == "step_begun":
+        return event._replace(b=tuple(map(tuple, event.b)))
     return event
 
 

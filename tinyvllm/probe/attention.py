@@ -46,6 +46,7 @@ class AttentionView:
         """One weight, with every number on the way to it."""
         rows, layers, heads = self._check([row], [layer], [head])
         column = check_number("column (position of a key)", column, self.watch.context)
+        self._check_keys(column)
         row, layer, head = int(row), int(layer), int(head)
         (_, weights, statistics), = self._by_layer(rows, layers, heads)
         download, dims = self.runner.backend.download, self.runner.dims
@@ -79,12 +80,13 @@ class AttentionView:
         weights = backend.empty((1, len(heads), len(rows), watch.context), np.float32)
         statistics = backend.empty((1, len(heads), len(rows), 2), np.float32)
         block_table = np.array(watch.block_ids[:-(-watch.context // watch.block_size)], np.int32)
-        block_table, heads, rows = (self._upload(numbers) for numbers in (block_table, heads, rows))
+        block_table, heads, rows, device_layers = (self._upload(numbers)
+                                                   for numbers in (block_table, heads, rows, layers))
         for i in range(len(layers)):
             with backend.exclusive():
                 backend.operations["attention_rows"](
                     weights, statistics, watch.queries, self.runner.kv_cache.k, block_table,
-                    self._upload(layers[i:i + 1]), heads, rows, self.runner.dims.scale)
+                    device_layers[i:i + 1], heads, rows, self.runner.dims.scale)
             yield i, weights, statistics
 
     def _upload(self, numbers: np.ndarray):
@@ -113,7 +115,12 @@ class AttentionView:
         if not watch.is_kept[row]:
             raise ProbeError(f"position {row} of request {watch.request_id!r} was not kept: it was computed before "
                              "watch(), or its block came from the prefix cache (`kept` lists what there is)")
-        lost = [number for number in watch.overwritten if number * watch.block_size <= row]
+        self._check_keys(row)
+
+    def _check_keys(self, last: int) -> None:
+        """Raise ProbeError unless the keys at positions 0 .. last are still this request's."""
+        watch = self.watch
+        lost = [number for number in watch.overwritten if number * watch.block_size <= last]
         if lost:
             first = min(lost)
             raise ProbeError(

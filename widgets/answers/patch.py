@@ -47,7 +47,7 @@ def generate_again(feed: Any, prompt: str = "", max_tokens: int = 60) -> Future:
     source = feed.source
     if source is None:
         raise TinyVLLMError("there is no engine behind this panel: BitLens(live) has one")
-    if not hasattr(source, "add"):
+    if not hasattr(source, "llm"):
         raise TinyVLLMError("a recorded run cannot generate: this needs a LiveEngine")
     llm = source.llm
     token_ids = _typed_prompt(llm, prompt) if prompt.strip() else _newest_prompt(feed)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tinyvllm.engine.state import KEPT_STEPS
+from tinyvllm.engine.state import KEPT_REQUESTS, KEPT_STEPS
 from tinyvllm.errors import TinyVLLMError
 from widgets.answers.base import answers
 from widgets.figures import prefill_rows, spread
@@ -39,7 +39,8 @@ def timeline_request(feed: Any, request: str) -> dict[str, Any]:
     with feed.lock:
         found = feed.state.requests.get(request)
         if found is None:
-            raise TinyVLLMError(f"there is no request {request!r} in this run")
+            raise TinyVLLMError(f"request {request!r} is not known here: of those that have ended, the newest "
+                                f"{KEPT_REQUESTS:,} are kept")
         waited = next((span.end_ns for span in found.spans if span.kind == "waiting"), None)
         itl = spread([ns / 1e6 for ns in found.itl_ns()])
         return {"request": found.request_id, "status": found.status, "prompt": found.num_prompt_tokens,

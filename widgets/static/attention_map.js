@@ -14,7 +14,11 @@ const inkOnWeight = (table, byte) => {
 
 // Rows of one head as an image: one pixel for each pool x pool cells; what nobody may see or nobody has is transparent.
 class RowImage {
-  constructor() { this.node = document.createElement("canvas"); this.ctx = this.node.getContext("2d", { willReadFrequently: true }); this.clear(); }
+  constructor() {
+    this.node = document.createElement("canvas");
+    this.ctx = this.node.getContext("2d", { willReadFrequently: true });
+    this.clear();
+  }
 
   clear() { this.rows = new Map(); this.size = 0; this.pool = 0; this.dirty = new Set(); }
 

@@ -44,7 +44,7 @@ async function render({ model, el }) {
     const real = format.decode(bits);
     change({ format, bits, real, text: realText(real), ...more });
   }
-  function setReal(real, text) { change({ real, text, bits: state.format.encode(real), address: null }); }
+  function setReal(real, text) { change({ real, text, bits: state.format.encode(real) }); }
   function change(what, tell = true) {
     state = { ...state, ...what };
     ui.complain(null);
@@ -72,7 +72,7 @@ async function render({ model, el }) {
       if (/^0x[0-9a-f]+$/i.test(said)) {
         const bits = Number(said);
         if (!(bits < 2 ** state.format.numBits)) throw new Error(`${said} has more than the ${state.format.numBits} bits of ${state.format.title}`);
-        setBits(state.format, bits, { address: null });
+        setBits(state.format, bits);
       } else setReal(parseReal(said), said);
     } catch (error) { ui.complain(error); }
   };
@@ -92,7 +92,7 @@ async function render({ model, el }) {
     ["smallest normal", (f) => f.hidden], ["1", (f) => f.bias * f.hidden], ["largest", (f) => f.largest],
     ["∞", (f) => f.infinity], ["NaN", (f) => f.nan], ["NaN with payload", (f) => f.hasInfinity ? f.nan + 1 : null]];
   const specialButtons = SPECIAL.map(([name, pattern]) => {
-    const node = button(name, "", () => setBits(state.format, pattern(state.format), { address: null }));
+    const node = button(name, "", () => setBits(state.format, pattern(state.format)));
     node.dataset.special = name;
     special.append(node);
     return [node, name, pattern];
@@ -277,7 +277,7 @@ async function render({ model, el }) {
     if (row) ui.say(`${state.format.title}: ${row.value.textContent}. ${row.rounding.textContent}`);
   }
 
-  const patching = weightPatching(ui, { addressLine, state: () => state, setBits, patternOf });
+  const patching = weightPatching(ui, { addressLine, state: () => state, setBits, patternOf, letGo: () => change({ address: null }) });
   makeRows();
   readShown();
   ui.listen(model, "change:shown", readShown);
@@ -291,6 +291,7 @@ async function render({ model, el }) {
   resize.observe(ui.body);
   ui.undo.push(() => resize.disconnect(), onTheme(show));
   patching.follow();
+  ui.subscribe("pulse", {}, { snapshot() {}, delta() {} });
   return ui.dispose;
 }
 

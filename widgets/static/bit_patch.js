@@ -1,6 +1,6 @@
 // The lens on a value of the running model: where it comes from, and for a weight: write, generate again, restore.
 
-function weightPatching(ui, { addressLine, state, setBits, patternOf }) {
+function weightPatching(ui, { addressLine, state, setBits, patternOf, letGo }) {
   const { client, model } = ui;
   let told = null;        // what `inspect` answered for state().address
   let patches = 0, busy = "", texts = {};  // texts: prompt typed -> {before, after}
@@ -32,7 +32,29 @@ function weightPatching(ui, { addressLine, state, setBits, patternOf }) {
       ui.complain(error);
     }
   }
+  // The running model may change under the lens: look again soon after it has stepped, or when somebody comes back.
+  let pending = 0, lastStep = null, looking = false;
+  const soon = () => { pending = pending || setTimeout(() => { pending = 0; refresh(); }, 300); };
+  async function refresh() {
+    const { address } = state(), before = told;
+    if (!address || !told || told.source !== "model" || busy || looking) return;
+    const { n, ...place } = address;
+    looking = true;
+    let answer = null;
+    try { answer = await ui.ask("inspect", place); } catch (error) { told.note = `no longer: ${error.message}`; }
+    looking = false;
+    if (state().address !== address || told !== before || busy) return;
+    if (!answer) { show(); return; }
+    const untouched = patternOf(FORMATS[told.format]) === told.bits && state().format.name === told.format;
+    told = answer;
+    patches = answer.patches;
+    if (untouched && state().bits !== answer.bits) setBits(FORMATS[answer.format], answer.bits);
+    else show();
+  }
   function follow() {
+    ui.root.addEventListener("pointerenter", soon);
+    ui.root.addEventListener("focusin", soon);
+    ui.undo.push(client.onLive((live) => { if (live.step !== lastStep) { lastStep = live.step; soon(); } }), () => clearTimeout(pending));
     const news = () => {
       const address = client.inspected;
       if (address.n && address.n > (state().seen || 0)) look(address);
@@ -95,7 +117,8 @@ function weightPatching(ui, { addressLine, state, setBits, patternOf }) {
       parts.push(`in ${address.file} ${FORMATS[address.format].hex(address.bits)}, bytes ${asCount(address.offset)} to ${asCount(address.offset + size - 1)}`);
     }
     if (told.note) parts.push(told.note);
-    addressLine.append(element("b", { text: told.words }), element("span", { text: parts.length ? ` · ${parts.join(" · ")}` : "" }));
+    addressLine.append(element("b", { text: told.words }), element("span", { text: parts.length ? ` · ${parts.join(" · ")} ` : " " }),
+      button("let go", "Look at numbers of your own again", letGo));
     Object.assign(addressLine.dataset, { words: told.words, source: told.source, bits: told.bits });
   }
   function showStatus() {

@@ -31,9 +31,13 @@ function byteRuler(ui, { pick, open, bytes }) {
       found.push({ part, x: w < least ? Math.min(x, width - least) : x, w: Math.max(w, least), widened: w < least });
     }
     found.sort((a, b) => a.widened - b.widened);
+    const fills = {};
+    let last = -1;
     for (const mark of found) {
+      if (mark.widened && Math.round(mark.x) === last && mark.part !== selected) continue;  // thousands on one pixel: once
+      last = mark.widened ? Math.round(mark.x) : last;
       const look = PART_LOOKS[mark.part.kind], left = Math.max(mark.x, -2), right = Math.min(mark.x + mark.w, width + 2);
-      ctx.fillStyle = hatched(ctx, look.colour, look.hatch);
+      ctx.fillStyle = fills[mark.part.kind] ||= hatched(ctx, look.colour, look.hatch);
       ctx.fillRect(left, top, right - left, height);
       if (mark.w > 4 * ui.scale) {
         ctx.fillStyle = t.panel;
@@ -71,13 +75,13 @@ function byteRuler(ui, { pick, open, bytes }) {
     const s = ui.scale, top = 20 * s, tall = 34 * s;
     if (height !== 84 * s) { detail.setHeight(84 * s); return; }
     drawn = drawParts(ctx, t, from, to, width, top, tall);
-    outline(ctx, t, drawn.find((m) => m.part === selected), top, tall, width);
     const perByte = width / (to - from);
     detail.node.dataset.from = Math.round(from);
     detail.node.dataset.to = Math.round(to);
     detail.node.dataset.drawn = drawn.length;
     if (perByte >= 16 * s) drawBytes(ctx, t, perByte, top, tall, width);
     else drawNames(ctx, t, top, tall, width);
+    outline(ctx, t, drawn.find((m) => m.part === selected), top, tall, width);
     drawAxis(ctx, t, top + tall, width);
   }
   function drawNames(ctx, t, top, tall, width) {

@@ -11,6 +11,8 @@ const toRate = (p) => p <= 0 ? 0 : RATES.least * (RATES.most / RATES.least) ** (
 const fromRate = (v) => v <= 0 ? 0
   : Math.max(1, Math.min(RATES.end, 1 + (RATES.end - 1) * Math.log(v / RATES.least) / Math.log(RATES.most / RATES.least)));
 const asRate = (v) => v >= 10 ? v.toFixed(0) : v.toFixed(1);
+const inSteps = (v) => v === null ? "no limit" : `${asRate(v)} steps/s`;
+const inRequests = (v) => v <= 0 ? "off" : `${asRate(v)} requests/s`;
 const round2 = (v) => Number(v.toPrecision(2));
 
 // What was typed, as a number where it is one; else as it is, so that the engine can say what is wrong with it.
@@ -52,7 +54,7 @@ async function render({ model, el }) {
   const speed = slider("speed", SPEEDS.end, "The most steps a second", (p) => {
     const wanted = toSpeed(p);
     return act("speed", { steps_per_second: wanted === null ? null : round2(wanted) });
-  }, (p) => p >= SPEEDS.end ? "no limit" : `${asRate(round2(toSpeed(p)))} steps/s`);
+  }, (p) => inSteps(p >= SPEEDS.end ? null : round2(toSpeed(p))));
   const pace = element("select", { class: "tv-select", "data-do": "rate", title: "How many times as fast as it was recorded",
     onchange: () => act("rate", { factor: pace.value === "at once" ? 1e9 : Number(pace.value) }) },
     ...["0.1", "0.25", "0.5", "1", "2", "5", "20", "at once"].map((v) =>
@@ -70,7 +72,7 @@ async function render({ model, el }) {
 
   // ---- arrivals ----
   const rate = slider("arrivals", 0, "Requests a second, at random times (Poisson)", (p) => act("arrivals", { rate: round2(toRate(p)) }),
-    (p) => p <= 0 ? "off" : `${asRate(round2(toRate(p)))} requests/s`);
+    (p) => inRequests(round2(toRate(p))));
   const burstCount = input("burst-count", "8", "How many requests the burst brings");
   const burst = button("Burst", "So many requests at once", () => act("burst", { count: typed(burstCount.value) }), { "data-do": "burst" });
   const arrived = element("span", { class: "tv-muted", "data-told": "arrivals" });
@@ -98,8 +100,9 @@ async function render({ model, el }) {
   const seats = input("max_num_seqs", "", "Requests that one step may hold");
   const blockSize = input("block_size", "", "Tokens a block");
   const numBlocks = input("num_blocks", "", "Blocks in the pool; untouched, a new block size keeps the cache's size in tokens");
-  blockSize.setAttribute("list", "tv-block-sizes");
-  const sizes = element("datalist", { id: "tv-block-sizes" }, ...[1, 4, 8, 16, 32, 64, 256, 2048].map((v) => element("option", { value: v })));
+  const sizesId = newId("sizes");
+  blockSize.setAttribute("list", sizesId);
+  const sizes = element("datalist", { id: sizesId }, ...[1, 4, 8, 16, 32, 64, 256, 2048].map((v) => element("option", { value: v })));
   const prefix = checkbox("enable_prefix_caching", "Requests share the blocks of equal prefixes");
   const cache = checkbox("use_kv_cache", "Off: every step computes every sequence from its first token (no prefix caching then)");
   const apply = button("Reset with these", "Forget every request and the whole cache, and begin anew with these", () => doReset(), { "data-do": "reset-with" });
@@ -165,10 +168,11 @@ async function render({ model, el }) {
     });
     ui.undo.push(() => clearTimeout(timer));
     show();
-    return { node, text, show, set(p) {
+    return { node, text, set(p, words) {
       if (timer || performance.now() - busy < 600) return;   // the hand is on it
-      const now = String(Math.round(p));
-      if (node.value !== now) { node.value = now; show(); }
+      node.value = String(Math.round(p));
+      text.textContent = words;   // the value as it is: the slider has but a hundred places
+      node.setAttribute("aria-valuetext", words);
     } };
   }
 
@@ -212,8 +216,8 @@ async function render({ model, el }) {
     told = now;
     live = ui.client.live;
     for (const key of ["running", "waiting", "finished", "tokens_per_s"]) counters[key].textContent = asCount(now[key] || 0);
-    speed.set(fromSpeed(now.speed));
-    rate.set(fromRate(now.arrivals.rate));
+    speed.set(fromSpeed(now.speed), inSteps(now.speed));
+    rate.set(fromRate(now.arrivals.rate), inRequests(now.arrivals.rate));
     arrived.textContent = now.arrivals.error ? `no more arrivals: ${now.arrivals.error}` : now.arrivals.sent ? `${asCount(now.arrivals.sent)} came` : "";
     const { recording, cannot } = now;
     record.textContent = recording.on ? "■ Save" : recording.unsaved ? "Save again" : "● Record";
@@ -234,6 +238,10 @@ async function render({ model, el }) {
   }
 
   // ---- the page ----
+  const now = button("Back to now", "These panels show the past; the run goes on meanwhile", () => ui.client.setCursor(null), { "data-do": "now" });
+  const setNow = () => { now.hidden = ui.client.cursor === null || ui.client.cursor === undefined; };
+  ui.undo.push(ui.client.onCursor(setNow));
+  setNow();
   const more = button("Options", "Scheduling, cache, recording", () => { model.set("options", !model.get("options")); model.save_changes(); },
     { "data-do": "options" });
   const group = (title, note, ...nodes) => element("fieldset", { class: "tv-group" },
@@ -248,7 +256,7 @@ async function render({ model, el }) {
   unfold();
   ui.body.append(
     row(run, step, ten, stop, reset, label("speed", speed.node.title, speed.node, speed.text), paceField, numbers),
-    row(label("arrivals", rate.node.title, rate.node, rate.text), burstCount, burst, arrived, element("span", { class: "tv-space" }), more), options);
+    row(label("arrivals", rate.node.title, rate.node, rate.text), burstCount, burst, arrived, element("span", { class: "tv-space" }), now, more), options);
 
   // Space, right arrow and Esc, unless something is being typed or moved. After a click the bar itself has the focus, so
   // that space is not the last button once more.

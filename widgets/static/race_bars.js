@@ -1,5 +1,8 @@
+const PROMPT = "Here will be seen what a token was drawn from.";
+
 // The bars of the next token: what the newest token of the selected request was drawn from.
-function makeBars(ui) {
+// wanted(): the id of the request to show, or null.
+function makeBars(ui, wanted) {
   const { client, model } = ui;
   const title = element("div", { class: "tv-race-title" }), context = element("bdi", { class: "tv-mono" });
   const rows = element("div", { role: "group", "aria-label": "next tokens" }), note = element("div", { class: "tv-muted" });
@@ -15,14 +18,16 @@ function makeBars(ui) {
     for (const name of Object.keys(sliders)) model.set(name, null);
     model.save_changes();
   });
-  const modes = ["fork", "force"].map((mode) => button(mode, mode === "fork" ? "a click on a token starts a second request with it: both go on"
+  const modes = ["fork", "force"].map((mode) => button(mode, mode === "fork"
+    ? "a click on a token starts a second request with it: both go on"
     : "a click on a token starts a request with it, and the old one is aborted", () => { model.set("mode", mode); model.save_changes(); }));
   const node = element("div", { class: "tv-race-right", }, title,
     element("div", { class: "tv-race-context tv-muted" }, context),
     slider("temperature", "temperature", { min: 0, max: 3, step: 0.05 }, (v) => v === 0 ? "0 greedy" : v.toFixed(2)),
     slider("top_k", "top-k", { min: 0, max: 50, step: 1 }, (v) => v ? String(v) : "off"),
     slider("top_p", "top-p", { min: 0.01, max: 1, step: 0.01 }, (v) => v < 1 ? v.toFixed(2) : "off"),
-    element("div", { class: "tv-head", style: { margin: "4px 0" } }, reset, element("span", { text: "click a token:" }), ...modes), rows, note);
+    element("div", { class: "tv-row" }, reset, element("span", { text: "click a token:" }), ...modes), rows, note);
+  const controls = [...node.querySelectorAll(".tv-race-slider, .tv-row")];
 
   let data = null, busy = false, again = 0, timer = 0, ended = false;
   ui.undo.push(() => { ended = true; clearTimeout(timer); });
@@ -31,6 +36,7 @@ function makeBars(ui) {
   const draw = () => {
     for (const [i, mode] of ["fork", "force"].entries()) modes[i].setAttribute("aria-pressed", model.get("mode") === mode);
     node.dataset.request = data ? data.request : "";
+    for (const control of controls) control.hidden = !data && client.live.kind === "replay";
     for (const name of Object.keys(sliders)) sliders[name].input.disabled = !data;
     reset.disabled = !data || Object.keys(sliders).every((name) => (model.get(name) ?? null) === null);
     if (!data) { rows.replaceChildren(); return; }
@@ -47,8 +53,9 @@ function makeBars(ui) {
     title.textContent = `Request ${data.request}: what token ${data.position} was drawn from`;
     title.textContent += data.ended ? ", its last" : "";
     note.textContent = d.greedy ? "Greedy: the largest logit, nothing is drawn."
-      : `${asCount(d.numKept)} of ${asCount(data.vocab_size)} tokens kept, ${asPercent(d.keptMass)} of the probability; renormalised to 100%.`;
-    if (values.temperature !== 0 && d.greedy) note.textContent = "The logits hold no finite largest value: the first of the largest is taken.";
+      : `${asCount(d.numKept)} of ${asCount(data.vocab_size)} tokens kept, `
+        + `${asPercent(d.keptMass)} of the probability; renormalised to 100%.`;
+    if (values.temperature !== 0 && d.greedy) note.textContent = "No finite largest logit: the first of the largest is taken.";
     Object.assign(node.dataset, { position: data.position, kept: d.numKept, temperature: values.temperature, keptMass: d.keptMass });
   };
 
@@ -74,14 +81,14 @@ function makeBars(ui) {
   };
 
   const ask = async () => {
-    const request = client.selection.request;
-    if (ended || !request) { data = null; draw(); title.textContent = "Click a card to see what its tokens are drawn from."; return; }
+    const request = wanted();
+    if (ended || !request) { data = null; draw(); title.textContent = PROMPT; return; }
     busy = true;
     again = 0;
     try {
       const answer = await ui.ask("race.next", { request });
       if (ended) return;
-      if (client.selection.request === request) {
+      if (wanted() === request) {
         if (answer.ids) {
           data = answer;
           context.textContent = `…${visibleText(data.before)}▁`;
@@ -102,7 +109,7 @@ function makeBars(ui) {
     timer = setTimeout(() => { busy = false; if (again) ask(); }, 140);
   };
   const refresh = (other) => {
-    if (other && data && data.request !== client.selection.request) { data = null; context.textContent = note.textContent = ""; draw(); }
+    if (other && data && data.request !== wanted()) { data = null; context.textContent = note.textContent = ""; draw(); }
     again = 1;
     if (!busy) ask();
   };
@@ -122,7 +129,8 @@ function makeBars(ui) {
     else client.inspect({ kind: "logit", request: data.request, token: Number(row.dataset.id) });
   });
   rows.addEventListener("keydown", (event) => {
-    const all = [...rows.querySelectorAll(event.target.classList.contains("tv-race-bar") ? ".tv-race-bar" : ".tv-race-logit")], step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    const isBar = event.target.classList.contains("tv-race-bar"), step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    const all = [...rows.querySelectorAll(isBar ? ".tv-race-bar" : ".tv-race-logit")];
     if (step) all[Math.max(0, Math.min(all.length - 1, all.indexOf(document.activeElement) + step))].focus({ preventScroll: true });
     else if (event.key === "Escape") result.onEscape();
     else return;
@@ -132,8 +140,9 @@ function makeBars(ui) {
   for (const name of [...Object.keys(sliders), "mode"]) ui.listen(model, `change:${name}`, draw);
   const result = { node, refresh, focus() { rows.querySelector(".tv-race-bar")?.focus({ preventScroll: true }); }, onEscape() {} };
   draw();
-  title.textContent = "Click a card to see what its tokens are drawn from.";
+  title.textContent = PROMPT;
   return result;
 }
 
-const asPercent = (p) => p >= 0.9995 ? "100%" : p >= 0.1 ? `${(100 * p).toFixed(1)}%` : p >= 0.0001 ? `${(100 * p).toFixed(2)}%` : p > 0 ? "<0.01%" : "0%";
+const asPercent = (p) => p >= 0.9995 ? "100%" : p >= 0.1 ? `${(100 * p).toFixed(1)}%`
+  : p >= 0.0001 ? `${(100 * p).toFixed(2)}%` : p > 0 ? "<0.01%" : "0%";

@@ -7,11 +7,27 @@ const STEP_KINDS = {
 };
 
 function marker(ctx, shape, x, y, r) {
+  const path = {
+    square: [[-1, -1], [1, -1], [1, 1], [-1, 1]], diamond: [[0, -1.3], [1.3, 0], [0, 1.3], [-1.3, 0]],
+    triangle: [[0, -1.2], [1.2, 1], [-1.2, 1]],
+  }[shape];
   ctx.beginPath();
-  if (shape === "square") ctx.rect(x - r, y - r, 2 * r, 2 * r);
-  else if (shape === "diamond") { ctx.moveTo(x, y - 1.3 * r); ctx.lineTo(x + 1.3 * r, y); ctx.lineTo(x, y + 1.3 * r); ctx.lineTo(x - 1.3 * r, y); ctx.closePath(); }
-  else if (shape === "triangle") { ctx.moveTo(x, y - 1.2 * r); ctx.lineTo(x + 1.2 * r, y + r); ctx.lineTo(x - 1.2 * r, y + r); ctx.closePath(); }
+  if (path) path.forEach(([dx, dy], i) => i ? ctx.lineTo(x + dx * r, y + dy * r) : ctx.moveTo(x + dx * r, y + dy * r));
   else ctx.arc(x, y, r, 0, 2 * Math.PI);
+  ctx.closePath();
+}
+
+// What the marks mean, in one line.
+function drawRooflineKey(ctx, x, y, width, s, t) {
+  ctx.font = `${Math.round(11 * s)}px ${t.font}`;
+  ctx.textAlign = "left";
+  for (const { shape, colour, words } of [...Object.values(STEP_KINDS), { shape: "circle", words: "one operation" }]) {
+    marker(ctx, shape, x, y, (colour ? 5 : 4) * s);
+    if (colour) { ctx.fillStyle = colour; ctx.fill(); } else { ctx.strokeStyle = t.text; ctx.lineWidth = 1.8 * s; ctx.stroke(); }
+    ctx.fillStyle = t.text;
+    ctx.fillText(cutToWidth(ctx, words, width - x - 12 * s), x + 10 * s, y);
+    x += ctx.measureText(words).width + 30 * s;
+  }
 }
 
 const asRate = (perSecond, unit) => {
@@ -27,10 +43,12 @@ function drawRoofline(ctx, box, dots, roofs, t, s) {
   const intensity = (dot) => dot.flops / dot.bytes, rate = (dot) => dot.flops / dot.ns * 1e9;
   const ridge = roofs ? roofs.peak / roofs.bandwidth : 8;
   const xs = [0.125, ridge * 4, ...usable.map(intensity)], ys = [...usable.map(rate), ...(roofs ? [roofs.peak] : [1e9, 1e11])];
-  const range = (values, low, high) => [Math.floor(Math.log10(Math.min(...values) * low)), Math.ceil(Math.log10(Math.max(...values) * high))];
+  const range = (values, low, high) => [Math.floor(Math.log10(Math.min(...values) * low)),
+    Math.ceil(Math.log10(Math.max(...values) * high))];
   const [x0, x1] = range(xs, 1, 1), [y0, y1] = range(ys, 0.8, 1.3);
   const left = box.x + 66 * s, right = box.x + box.width - 10 * s, top = box.y + 10 * s, bottom = box.y + box.height - 40 * s;
-  const X = (v) => left + (Math.log10(v) - x0) / (x1 - x0) * (right - left), Y = (v) => bottom - (Math.log10(v) - y0) / (y1 - y0) * (bottom - top);
+  const X = (v) => left + (Math.log10(v) - x0) / (x1 - x0) * (right - left);
+  const Y = (v) => bottom - (Math.log10(v) - y0) / (y1 - y0) * (bottom - top);
 
   // Axes.
   ctx.font = `${Math.round(11 * s)}px ${t.font}`;
@@ -68,7 +86,11 @@ function drawRoofline(ctx, box, dots, roofs, t, s) {
       ctx.setLineDash(dash);
       ctx.strokeStyle = ctx.fillStyle = t.text;
       ctx.lineWidth = 2 * s;
-      ctx.beginPath(); ctx.moveTo(X(10 ** x0), Y(10 ** x0 * bandwidth)); ctx.lineTo(X(knee), Y(roofs.peak)); ctx.lineTo(right, Y(roofs.peak)); ctx.stroke();
+      ctx.beginPath();
+      ctx.moveTo(X(10 ** x0), Y(10 ** x0 * bandwidth));
+      ctx.lineTo(X(knee), Y(roofs.peak));
+      ctx.lineTo(right, Y(roofs.peak));
+      ctx.stroke();
       ctx.setLineDash([]);
       // Along the slope, where there is room for it.
       const angle = -Math.atan2((bottom - top) / (y1 - y0), (right - left) / (x1 - x0));
@@ -80,10 +102,15 @@ function drawRoofline(ctx, box, dots, roofs, t, s) {
       ctx.fillText(text, 6 * s, below ? 9 * s : -9 * s);
       ctx.restore();
       const length = ctx.measureText(text).width;
-      for (let along = 0; along < length; along += 12 * s) taken.push([X(at) + along * Math.cos(angle) - 4 * s, Y(at * bandwidth) + along * Math.sin(angle) + (below ? 9 : -9) * s, 14 * s]);
+      for (let along = 0; along < length; along += 12 * s) {
+        taken.push([X(at) + along * Math.cos(angle) - 4 * s,
+          Y(at * bandwidth) + along * Math.sin(angle) + (below ? 9 : -9) * s, 14 * s]);
+      }
     };
     roof(roofs.bandwidth, [], `memory ${asRate(roofs.bandwidth, "B/s")}`, true);
-    if (roofs.cache_bandwidth > roofs.bandwidth * 1.1) roof(roofs.cache_bandwidth, [5 * s, 4 * s], `cache ${asRate(roofs.cache_bandwidth, "B/s")}`, false);
+    if (roofs.cache_bandwidth > roofs.bandwidth * 1.1) {
+      roof(roofs.cache_bandwidth, [5 * s, 4 * s], `cache ${asRate(roofs.cache_bandwidth, "B/s")}`, false);
+    }
     ctx.textAlign = "right";
     ctx.fillText(`peak ${asRate(roofs.peak, "flop/s")}`, right - 4, Y(roofs.peak) - 9 * s);
   }
@@ -103,12 +130,16 @@ function drawRoofline(ctx, box, dots, roofs, t, s) {
     places.push({ x, y, dot });
   }
   ctx.font = `${Math.round(11 * s)}px ${t.font}`;
-  for (const { x, y, dot } of [...places].sort((a, b) => (b.dot.chosen ? 2 : b.dot.strong ? 1 : 0) - (a.dot.chosen ? 2 : a.dot.strong ? 1 : 0))) {
+  const rank = ({ dot }) => dot.chosen ? 2 : dot.strong ? 1 : 0;
+  for (const { x, y, dot } of [...places].sort((a, b) => rank(b) - rank(a))) {
     if (!dot.label) continue;
-    const width = ctx.measureText(dot.label).width, height = 12 * s;
+    const width = ctx.measureText(dot.label).width;
     // To the right, the left, above or below: wherever nothing is yet.
-    const spot = [[x + 9 * s, y], [x - 9 * s - width, y], [x - width / 2, y - 14 * s], [x - width / 2, y + 14 * s]].find(([a, b]) => a >= left && a + width <= right
-      && b > top && b < bottom && !taken.some((o) => a < o[0] + o[2] && o[0] < a + width && Math.abs(b - o[1]) < height) && !places.some((p) => p.dot !== dot && p.x > a - 5 * s && p.x < a + width + 5 * s && Math.abs(p.y - b) < 9 * s));
+    const isFree = ([a, b]) => a >= left && a + width <= right && b > top && b < bottom
+      && !taken.some((o) => a < o[0] + o[2] && o[0] < a + width && Math.abs(b - o[1]) < 12 * s)
+      && !places.some((p) => p.dot !== dot && p.x > a - 5 * s && p.x < a + width + 5 * s && Math.abs(p.y - b) < 9 * s);
+    const spot = [[x + 9 * s, y], [x - 9 * s - width, y], [x - width / 2, y - 14 * s], [x - width / 2, y + 14 * s]]
+      .find(isFree);
     if (!spot && !dot.chosen) continue;
     const [a, b] = spot || [x + 9 * s, y];
     taken.push([a, b, width]);

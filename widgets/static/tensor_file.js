@@ -25,13 +25,19 @@ async function render({ model, el }) {
   ui.body.classList.add("tf-body");
   const key = () => ({ key: model.get("key"), file: told ? told.file : model.get("file") });
   let told = null, parts = [], part = null, at = [0, 0], shownBytes = 0;
-  const save = (what) => { for (const [name, value] of Object.entries(what)) model.set(name, value); model.save_changes(); };
+  let saving = false;  // several traits change together: nobody looks at them in between
+  const save = (what) => {
+    saving = true;
+    for (const [name, value] of Object.entries(what)) model.set(name, value);
+    saving = false;
+    model.save_changes();
+  };
 
   // ---- the file and its parts ----
 
   const files = element("select", { class: "tv-select tf-select", "aria-label": "file", hidden: true });
   const choice = element("select", { class: "tv-select tf-select", "aria-label": "part of the file" });
-  files.addEventListener("change", () => { save({ file: files.value, tensor: "", row: 0, column: 0 }); });
+  files.addEventListener("change", () => { save({ file: files.value, tensor: "", row: 0, column: 0 }); load(); });
   choice.addEventListener("change", () => choose(parts[choice.selectedIndex]));
   const bytesAt = async (begin, count) => (await ui.ask("tensor_bytes", { ...key(), begin, count })).bytes;
   const kinds = element("div", { class: "tf-kinds" });
@@ -108,7 +114,8 @@ async function render({ model, el }) {
 
   // ---- what is selected ----
 
-  function choose(chosen, row = 0, column = 0) {
+  // tell: whether the notebook hears of it; what the notebook itself has set is not said back.
+  function choose(chosen, row = 0, column = 0, tell = true) {
     if (!chosen || !told) return;
     const isTensor = chosen.dtype !== undefined, isNew = chosen !== part;
     part = chosen;
@@ -120,14 +127,17 @@ async function render({ model, el }) {
       heat.hide(!isTensor);
       if (isTensor) heat.set(chosen.item_size ? chosen.rows : 0, chosen.item_size ? chosen.columns : 0);
       for (const node of json.children) node.setAttribute("aria-current", String(node.dataset.name === part.name || (part.kind === "header" && node.dataset.name === "JSON header")));
-      const current = json.querySelector("[aria-current=true]");
-      if (current) json.scrollTop = current.offsetTop - json.offsetTop - json.clientHeight / 2;
+      scrollJson();
       const layer = /layers\.(\d+)\./.exec(part.name);
       if (layer) ui.client.select({ layer: Number(layer[1]) });
     }
     if (isTensor) heat.select(...at);
-    save({ file: told.file, tensor: isTensor ? part.name : "", row: at[0], column: at[1] });
+    if (tell) save({ file: told.file, tensor: isTensor ? part.name : "", row: at[0], column: at[1] });
     showValues();
+  }
+  function scrollJson() {
+    const current = json.querySelector("[aria-current=true]");
+    if (current) json.scrollTop = current.offsetTop - json.offsetTop - json.clientHeight / 2;
   }
   const clamp = (n, size) => Math.min(Math.max(n, 0), Math.max(size - 1, 0));
 
@@ -191,12 +201,13 @@ async function render({ model, el }) {
 
   // ---- what comes from outside ----
 
-  ui.listen(model, "change:file", () => { if (!told || model.get("file") !== told.file) load(); });
+  ui.listen(model, "change:file", () => { if (!saving && (!told || model.get("file") !== told.file)) load(); });
   for (const name of ["tensor", "row", "column"]) {
     ui.listen(model, `change:${name}`, () => {
+      if (saving) return;
       const wanted = model.get("tensor") ? parts.find((p) => p.name === model.get("tensor")) : part;
       const [row, column] = [model.get("row"), model.get("column")];
-      if (wanted && (wanted !== part || row !== at[0] || column !== at[1])) { choose(wanted, row, column); }
+      if (wanted && (wanted !== part || row !== at[0] || column !== at[1])) choose(wanted, row, column, false);
       else if (model.get("tensor") && !wanted && told) ui.complain(`${told.file} has no tensor '${model.get("tensor")}'.`);
     });
   }
@@ -207,8 +218,17 @@ async function render({ model, el }) {
     const twin = parts.find((p) => p.name === part.name.replace(/layers\.\d+\./, `layers.${layer}.`));
     if (twin && twin !== part) choose(twin, ...at);
   }));
-  ui.listen(model, "change:scale", () => { if (part) showValues(); });
-  await load();
+  let width = 0;
+  const resize = new ResizeObserver(() => {
+    if (!part || Math.round(ui.body.clientWidth / ui.scale) === width) return;
+    width = Math.round(ui.body.clientWidth / ui.scale);
+    showValues();
+    scrollJson();
+  });
+  resize.observe(ui.body);
+  ui.undo.push(() => resize.disconnect());
+  load();
+  ui.subscribe("pulse", {}, { snapshot() {}, delta() {} });
   return ui.dispose;
 }
 

@@ -68,7 +68,7 @@ function drawRuler(ctx, scene, width, colours) {
     ctx.fillRect(x, layout.ruler, 1, layout.height - layout.ruler);
     ctx.fillStyle = colours.muted;
     ctx.fillRect(x, layout.ruler - 5 * scale, 1, 5 * scale);
-    ctx.fillText(text, x + 4, layout.ruler / 2);
+    if (x + 4 + ctx.measureText(text).width < width) ctx.fillText(text, x + 4, layout.ruler / 2);
   }
 }
 
@@ -121,7 +121,8 @@ function drawStrip(ctx, scene, width, colours) {
       ctx.beginPath(); ctx.moveTo(0, layout.stripTop + 0.5); ctx.lineTo(width, layout.stripTop + 0.5); ctx.stroke();
       ctx.setLineDash([]);
     }
-    const text = top === budget ? `token budget ${asCount(budget)}` : `scale to ${asCount(Math.round(top))} of the budget of ${asCount(budget)} tokens`;
+    const text = top === budget ? `token budget ${asCount(budget)}`
+      : `scale to ${asCount(Math.round(top))} of the budget of ${asCount(budget)} tokens`;
     plate(ctx, text, 6 * scale, layout.stripTop + 9 * scale, colours, "left", colours.muted);
   }
   return columns;
@@ -186,7 +187,7 @@ function drawName(ctx, scene, box, width, colours, before, after) {
   ctx.font = `600 ${Math.min(12 * scale, box.h * 0.78)}px ${colours.font}`;
   ctx.textAlign = "left";
   let text = fitted(ctx, request.id, 150 * scale);
-  let wide = ctx.measureText(text).width + 8, left = box.x - wide;
+  let wide = ctx.measureText(text).width + 8, left = box.x - wide - 2;
   if (left < Math.max(0, before)) {
     left = Math.max(0, box.x);
     const room = Math.min(100 * scale, Math.max(right - left, 0, Math.min(after, width) - left));

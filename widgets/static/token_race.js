@@ -3,10 +3,12 @@
 const STATUS = { waiting: "waiting", prefill: "prefill", decode: "decode", preempted: "preempted", stop: "✓ stop",
   length: "■ length", abort: "✕ abort" };
 const FRESH = 3;      // stretches of text that are highlighted at once; older ones become plain text
-const LONGEST = 4000; // characters of a card
+const LONGEST = 4000; // characters that are remembered of a request, for the tooltip
+const TAIL = 500;     // characters in a card: more than its lines hold, little enough to lay out in every frame
 
 function makeCard(slot) {
-  const parts = { stripe: element("div", { class: "tv-race-stripe" }), id: element("b"), status: element("span", { class: "tv-race-status" }),
+  const parts = { stripe: element("div", { class: "tv-race-stripe" }), id: element("b"),
+    status: element("span", { class: "tv-race-status" }),
     origin: element("div", { class: "tv-race-origin", hidden: true }), text: element("div", { class: "tv-race-words" }),
     numbers: element("div", { class: "tv-race-numbers" }), times: element("div", { class: "tv-race-numbers" }) };
   const plain = document.createTextNode("");
@@ -15,10 +17,12 @@ function makeCard(slot) {
     parts.stripe, element("div", { class: "tv-race-top" }, parts.id, parts.status), parts.origin,
     element("div", { class: "tv-race-text" }, parts.text), parts.numbers, parts.times);
   const short = (ms) => ms === null ? "–" : asMs(ms);
-  let state = { id: null };
+  let state = { id: null }, whole = "";
+  node.addEventListener("mouseenter", () => { parts.text.title = whole; });
   return {
     node,
     get id() { return state.id; },
+    get hasEnded() { return ["stop", "length", "abort"].includes(state.status); },
     apply(change) {
       if (change.id !== state.id) state = {};
       state = { ...state, ...change };
@@ -26,13 +30,14 @@ function makeCard(slot) {
       if (node.hidden) return;
       if (change.text !== undefined) {
         parts.text.replaceChildren(plain);
-        plain.data = change.text;
+        whole = change.text;
+        plain.data = whole.slice(-TAIL);
         Object.assign(parts.stripe.style, lookStyle(state.id));
         parts.id.textContent = state.id;
         parts.id.title = `request ${state.id}: ${state.prompt} prompt tokens`;
         parts.origin.hidden = !state.parent;
         if (state.parent) {
-          const forced = state.forced_text === null || state.forced_text === undefined ? state.forced : `“${visibleText(state.forced_text)}”`;
+          const forced = state.forced_text == null ? state.forced : `“${visibleText(state.forced_text)}”`;
           parts.origin.textContent = `↳ from ${state.parent}: ${forced} at ${state.position}`;
           parts.origin.title = parts.origin.textContent;
         }
@@ -44,18 +49,20 @@ function makeCard(slot) {
           plain.data += parts.text.childNodes[1].textContent;
           parts.text.childNodes[1].remove();
         }
-        if (plain.data.length > LONGEST) plain.data = plain.data.slice(-LONGEST);
+        if (plain.data.length > 2 * TAIL) plain.data = plain.data.slice(-TAIL);
+        whole = (whole + change.new).slice(-LONGEST);
       }
-      const ended = state.status in { stop: 1, length: 1, abort: 1 };
-      node.toggleAttribute("data-ended", ended);
+      node.toggleAttribute("data-ended", this.hasEnded);
       parts.status.textContent = STATUS[state.status] || state.status;
       parts.status.style.boxShadow = `inset 0 0 0 1.5px ${KIND_COLOURS[state.status] || "transparent"}`;
       node.dataset.tokens = state.tokens;
       node.dataset.status = state.status;
       parts.numbers.textContent = state.tokens ? `${asCount(state.tokens)} tok · ${asRate(state.rate)} · TTFT ${short(state.ttft)}`
-        : state.status === "prefill" ? `${asCount(state.computed)} of ${asCount(state.prompt)} prompt tokens computed` : `${asCount(state.prompt)} prompt tokens`;
+        : state.status === "prefill" ? `${asCount(state.computed)} of ${asCount(state.prompt)} prompt tokens computed`
+        : `${asCount(state.prompt)} prompt tokens`;
       parts.times.textContent = state.tokens > 1 ? `ITL ${short(state.itl)}, last ${short(state.last)}` : "\u00a0";
-      node.title = "TTFT: from arrival to the first token. ITL: between two tokens, mean and last. Rate: tokens over the time from arrival to the newest.";
+      node.title = "TTFT: from arrival to the first token. ITL: between two tokens, mean and last. "
+        + "Rate: tokens over the time from arrival to the newest.";
     },
   };
 }
@@ -66,19 +73,21 @@ const asRate = (rate) => rate === null || rate === undefined ? "–" : `${rate <
 
 async function render({ model, el }) {
   const ui = await panel(model, el, "TokenRace",
-    "Arrow keys: another request. Enter: to its bars, Enter there: run on with that token. Esc: back. The sliders change the picture, not the run.");
+    "Arrow keys: another request. Enter: to its bars, Enter there: run on with that token. Esc: back. "
+    + "The sliders change the picture, not the run.");
   const { client } = ui;
   const totals = element("div", { class: "tv-race-totals" });
   const empty = element("p", { class: "tv-muted",
-    text: "No request yet. Add one, for example live.chat([{\"role\": \"user\", \"content\": \"Tell me a story.\"}]): its text will stream here." });
+    text: "No request yet. Add one, for example live.chat([{\"role\": \"user\", \"content\": \"Tell me a story.\"}]): "
+      + "its text will stream here." });
   const grid = element("div", { class: "tv-race-cards", role: "listbox", "aria-label": "running requests" });
   const left = element("div", { class: "tv-race-left" }, totals, empty, grid);
-  const bars = makeBars(ui);
+  const bars = makeBars(ui, () => client.selection.request ?? fallback);
   ui.body.append(element("div", { class: "tv-race" }, left, bars.node));
   const cards = [];
   const list = makeList(ui);
 
-  let pending = [], wanted = 0, lastTotals = null, hasSelected = false;
+  let pending = [], wanted = 0, lastTotals = null, fallback = null;
   const draw = () => {
     wanted = 0;
     const changed = new Set();
@@ -95,12 +104,11 @@ async function render({ model, el }) {
     empty.hidden = shown.length > 0;
     showTotals(shown.length);
     mark();
-    // A newcomer sees bars at once; whoever selects nothing later on means it.
-    if (!hasSelected && shown.length) {
-      hasSelected = true;
-      if (!client.selection.request) client.select({ request: shown[0].id });
+    // A newcomer sees bars at once: while nothing is selected, those of the first request that runs.
+    if (!shown.some((card) => card.id === fallback && !card.hasEnded)) {
+      fallback = (shown.find((card) => !card.hasEnded) || shown[0] || {}).id ?? null;
     }
-    if ([...changed].some((card) => card.id === client.selection.request)) bars.refresh();
+    if ([...changed].some((card) => card.id === (client.selection.request ?? fallback))) bars.refresh();
     if (lastTotals) ui.say(`${lastTotals.running} running, ${lastTotals.waiting} waiting, ${lastTotals.finished} finished`);
   };
   const schedule = () => { if (!wanted) wanted = requestAnimationFrame(draw); };
@@ -138,7 +146,12 @@ async function render({ model, el }) {
   let marked = null;
 
   const cardOf = (event) => cards[event.target.closest?.(".tv-race-card")?.dataset.slot];
-  grid.addEventListener("click", (event) => { const card = cardOf(event); if (card) { client.select({ request: card.id }); card.node.focus({ preventScroll: true }); } });
+  grid.addEventListener("click", (event) => {
+    const card = cardOf(event);
+    if (!card) return;
+    client.select({ request: card.id });
+    card.node.focus({ preventScroll: true });
+  });
   grid.addEventListener("keydown", (event) => {
     const shown = cards.filter((card) => card.id !== null), at = shown.indexOf(cardOf(event));
     const columns = Math.max(1, getComputedStyle(grid).gridTemplateColumns.split(" ").length);
@@ -147,7 +160,10 @@ async function render({ model, el }) {
       const next = shown[Math.max(0, Math.min(shown.length - 1, at + step))];
       client.select({ request: next.id });
       next.node.focus({ preventScroll: true });
-    } else if (event.key === "Enter" || event.key === " ") bars.focus();
+    } else if (event.key === "Enter" || event.key === " ") {
+      if (at >= 0) client.select({ request: shown[at].id });
+      bars.focus();
+    }
     else return;
     event.preventDefault();
     event.stopPropagation();
@@ -155,7 +171,8 @@ async function render({ model, el }) {
 
   ui.tools.append(list.button);
   ui.body.append(list.node);
-  bars.onEscape = () => { const card = cards.find((c) => c.id !== null && c.id === client.selection.request); if (card) card.node.focus({ preventScroll: true }); };
+  bars.onEscape = () => cards.find((card) => card.id !== null && card.id === client.selection.request)?.node
+    .focus({ preventScroll: true });
   ui.undo.push(client.onSelection(() => { mark(); bars.refresh(true); }));
   let told = "";
   ui.undo.push(client.onLive((live) => { if (live.state !== told) { told = live.state; bars.refresh(); } }));
@@ -192,7 +209,8 @@ function makeList(ui) {
     try {
       const { requests } = await ui.ask("race.list");
       select.replaceChildren(...requests.map(([id, status, tokens, text]) => element("option", { value: id,
-        text: `${id} · ${STATUS[status] || status} · ${tokens} tok · ${visibleText(text)}`, selected: id === ui.client.selection.request })));
+        text: `${id} · ${STATUS[status] || status} · ${tokens} tok · ${visibleText(text)}`,
+        selected: id === ui.client.selection.request })));
       node.hidden = false;
       select.focus();
     } catch (error) { ui.complain(error); }
@@ -200,7 +218,12 @@ function makeList(ui) {
   const hide = () => { node.hidden = true; button_.focus(); };
   const button_ = button("All…", "pick any request, also one without a card", () => node.hidden ? show() : hide());
   select.addEventListener("change", () => ui.client.select({ request: select.value }));
-  select.addEventListener("keydown", (event) => { if (event.key === "Escape" || event.key === "Enter") { hide(); event.preventDefault(); } event.stopPropagation(); });
+  select.addEventListener("keydown", (event) => {
+    event.stopPropagation();
+    if (event.key !== "Escape" && event.key !== "Enter") return;
+    hide();
+    event.preventDefault();
+  });
   select.addEventListener("dblclick", hide);
   return { node, button: button_ };
 }

@@ -1,15 +1,20 @@
 // TokenTrail: a text as tokens, the merges behind them, and where a token goes from there.
 
 const TOKEN_COLOURS = ["#9BD2F2", "#F3C66B", "#7CCFB3", "#E3B5CE", "#F4EC90"];
-const MOST_SHOWN = 500; // of a request: the newest
-const MODES = { text: ["Raw text", "the text as a prompt of its own"], chat: ["With chat template", "the text as a user's message, in the form that the model was trained on"],
+const MOST_SHOWN = 300; // of a request: the newest
+const MODES = { text: ["Raw text", "the text as a prompt of its own"],
+  chat: ["With chat template", "the text as a user's message, in the form that the model was trained on"],
   request: ["Selected request", "the tokens of the request that is selected, as they come"] };
 
 async function render({ model, el }) {
   const ui = await panel(model, el, "TokenTrail", "Arrow keys: another token. Enter: its merges.");
   const { client } = ui;
-  const modes = Object.entries(MODES).map(([mode, [text, title]]) => button(text, title, () => { model.set("mode", mode); model.save_changes(); }, { "data-mode": mode }));
-  const field = element("textarea", { class: "tv-input tv-trail-field", rows: 2, "aria-label": "text to cut into tokens", spellcheck: "false", placeholder: "Type something" });
+  const modes = Object.entries(MODES).map(([mode, [text, title]]) => button(text, title, () => {
+    model.set("mode", mode);
+    model.save_changes();
+  }, { "data-mode": mode }));
+  const field = element("textarea", { class: "tv-input tv-trail-field", rows: 2, "aria-label": "text to cut into tokens",
+    spellcheck: "false", placeholder: "Type something" });
   const count = element("div", { class: "tv-muted" });
   const strip = element("div", { class: "tv-trail-strip", role: "listbox", "aria-label": "tokens", "aria-orientation": "horizontal" });
   const merges = makeMerges(ui), path = makePath(ui);
@@ -17,7 +22,7 @@ async function render({ model, el }) {
   ui.body.append(field, count, strip, element("div", { class: "tv-trail-below" }, merges.node, path.node));
 
   let tokens = [];          // {id, text, hex, special, piece, at}
-  let pieces = [], refusal = null, current = 0, firstShown = 0, drawn = null;
+  let pieces = [], refusal = null, current = 0, firstShown = 0, drawn = null, hasChosen = false;
   let request = { request: null, blocks: [], tokens: [] };
   const mode = () => model.get("mode");
   const isRequest = () => mode() === "request";
@@ -26,7 +31,8 @@ async function render({ model, el }) {
 
   const makeToken = (token) => {
     const node = element("span", { class: "tv-trail-token", role: "option", tabindex: "-1", "data-at": token.at, "data-id": token.id },
-      element("span", { text: token.hex ? token.hex.toUpperCase() : token.text === null ? "?" : visibleText(token.text) || "∅" }), element("small", { text: token.id }));
+      element("span", { text: token.hex ? token.hex.toUpperCase() : token.text === null ? "?" : visibleText(token.text) || "∅" }),
+      element("small", { text: token.id }));
     if (token.special) node.dataset.special = "";
     else node.style.backgroundColor = TOKEN_COLOURS[(token.piece === null ? token.at : token.piece) % TOKEN_COLOURS.length];
     if (token.hex) node.dataset.split = "";
@@ -37,12 +43,13 @@ async function render({ model, el }) {
     drawn = tokens;
     firstShown = isRequest() ? Math.max(0, tokens.length - MOST_SHOWN) : 0;
     if (isRequest() && current < firstShown) firstShown = current;
-    strip.replaceChildren(...tokens.slice(firstShown, firstShown + MOST_SHOWN * 2).map(makeToken));
+    strip.replaceChildren(...tokens.slice(firstShown).map(makeToken));
     markComputed();
   };
   // Tokens were added to the same list: only they are drawn.
   const drawMore = () => {
-    if (tokens !== drawn || tokens.length - firstShown > MOST_SHOWN * 2) { drawStrip(); return; }
+    const isLong = tokens.length - firstShown > MOST_SHOWN * 2 && current >= tokens.length - MOST_SHOWN;
+    if (tokens !== drawn || isLong) { drawStrip(); return; }
     strip.append(...tokens.slice(firstShown + strip.children.length).map(makeToken));
     markComputed();
   };
@@ -57,7 +64,11 @@ async function render({ model, el }) {
   };
   const choose = (at, tell) => {
     current = Math.max(0, Math.min(tokens.length - 1, at));
-    for (const node of strip.querySelectorAll("[aria-selected='true']")) { node.setAttribute("aria-selected", "false"); node.tabIndex = -1; }
+    hasChosen = hasChosen || Boolean(tell);
+    for (const node of strip.querySelectorAll("[aria-selected='true']")) {
+      node.setAttribute("aria-selected", "false");
+      node.tabIndex = -1;
+    }
     const token = tokens[current], node = nodeAt(current);
     if (node) { node.setAttribute("aria-selected", "true"); node.tabIndex = 0; scrollWithin(strip, node); }
     strip.dataset.current = current;
@@ -66,17 +77,23 @@ async function render({ model, el }) {
     path.show(token, tokens, request, beginsAlike(current));
     if (tell && request.request && beginsAlike(current)) client.select({ token: token.at });
   };
+  // What to show before anybody has chosen: the word with the most to merge.
+  const longest = () => {
+    const length = (token) => token.special ? -1 : (token.text || "").length;
+    return tokens.reduce((best, token, at) => length(token) > length(tokens[best]) ? at : best, 0);
+  };
   const showMerges = (token) => {
     if (client.live.kind === "replay" && isRequest()) merges.show("Merges", null, "not recorded");
     else if (token.special) merges.show("Merges", null, "A special token is found as a whole before anything is merged.");
     else if (isRequest()) merges.show(`Token ${token.id} by itself`, { token_id: token.id });
     else if (refusal) merges.show("Merges", null, refusal);
-    else if (pieces[token.piece]) merges.show(`The piece “${visibleText(textOfPiece(token.piece))}”`, pieces[token.piece][1] ? null : { spelling: pieces[token.piece][0] }, "An added token is found as a whole.");
+    else if (pieces[token.piece]) {
+      const [spelling, isAdded] = pieces[token.piece];
+      merges.show(`The piece “${visibleText(textOfPiece(token.piece))}”`, isAdded ? null : { spelling }, "An added token is found as a whole.");
+    }
   };
   const textOfPiece = (piece) => {
-    const mine = tokens.filter((token) => token.piece === piece);
-    if (!mine.some((token) => token.hex)) return mine.map((token) => token.text).join("");
-    const hex = mine.map((token) => token.hex || Array.from(new TextEncoder().encode(token.text), (b) => b.toString(16)).join(" ")).join(" ");
+    const hex = tokens.filter((token) => token.piece === piece).map((token) => token.hex || asHex(token.text)).join(" ");
     return new TextDecoder().decode(Uint8Array.from(hex.split(" "), (byte) => parseInt(byte, 16)));
   };
   // Whether the selected request has the same tokens up to this one: only then are keys and values the same.
@@ -101,11 +118,12 @@ async function render({ model, el }) {
         tokens = answer.tokens.map(([id, word, hex, special, piece], at) => ({ id, text: word, hex, special, piece, at }));
         ({ pieces, refusal } = answer);
         const more = answer.count - tokens.length, special = tokens.filter((token) => token.special).length;
-        count.textContent = `${asCount([...text].length)} characters, ${asCount(new TextEncoder().encode(text).length)} bytes → ${asCount(answer.count)} tokens`
+        const bytes = new TextEncoder().encode(text).length;
+        count.textContent = `${asCount([...text].length)} characters, ${asCount(bytes)} bytes → ${asCount(answer.count)} tokens`
           + (special ? `, ${special} of them special` : "") + (more > 0 ? `; the first ${asCount(tokens.length)} are shown` : "");
         Object.assign(strip.dataset, { count: answer.count, text: answer.rendered });
         drawStrip();
-        choose(Math.min(current, tokens.length - 1));
+        choose(hasChosen ? Math.min(current, tokens.length - 1) : longest());
         ui.say(count.textContent);
       }
     } catch (error) {
@@ -130,8 +148,9 @@ async function render({ model, el }) {
     tokens = request.tokens;
     const chosen = placeOf(client.selection.token);
     drawMore();
+    const numPrompt = request.isPromptRecorded ? request.prompt : 0;
     count.textContent = !request.request ? "No request is selected: click one, for example in TokenRace."
-      : `Request ${request.request}: ${asCount(request.prompt)} prompt tokens, ${asCount(tokens.length - (request.isPromptRecorded ? request.prompt : 0))} generated, `
+      : `Request ${request.request}: ${asCount(request.prompt)} prompt tokens, ${asCount(tokens.length - numPrompt)} generated, `
       + `${asCount(request.computed)} computed` + (firstShown ? `; the last ${asCount(tokens.length - firstShown)} are shown` : "")
       + (request.isPromptRecorded ? "" : "; the prompt's ids were not recorded");
     strip.dataset.count = tokens.length;
@@ -163,7 +182,8 @@ async function render({ model, el }) {
     }
     const start = request.tokens.length;
     const offset = value.is_prompt_recorded === false ? value.prompt : 0;
-    request = { ...request, request: value.request, status: value.status, prompt: value.prompt ?? 0, computed: value.computed ?? 0, cached: value.cached ?? 0,
+    request = { ...request, request: value.request, status: value.status,
+      prompt: value.prompt ?? 0, computed: value.computed ?? 0, cached: value.cached ?? 0,
       block_size: value.block_size, isPromptRecorded: value.is_prompt_recorded !== false };
     if (value.blocks) request.blocks = Array.from(value.blocks);
     Array.from(value.ids).forEach((id, i) => {

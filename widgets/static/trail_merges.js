@@ -30,19 +30,23 @@ function makeMerges(ui) {
     buttons[2].disabled = buttons[3].disabled = isDone;
     row.replaceChildren(...symbols.map((symbol, i) => {
       const [text, hex] = data.spelt[symbol], joins = next && (i === next[0] || i === next[0] + 1);
-      return element("span", { class: "tv-trail-symbol tv-mono", "data-joins": String(Boolean(joins)), "data-new": String(Boolean(last && i === last[0])),
+      return element("span", { class: "tv-trail-symbol tv-mono", "data-joins": String(Boolean(joins)),
+        "data-new": String(Boolean(last && i === last[0])),
         title: `bytes ${hex}${text.includes("\uFFFD") ? ": not whole characters" : ""}; spelt ${symbol} in tokenizer.json` },
       element("span", { text: words(symbol) }), element("small", { text: isDone ? data.ids[i] : symbol }));
     }));
     caption.textContent = next
-      ? `Merge ${step + 1} of ${merges.length}: “${words(next[1])}” + “${words(next[2])}”, rank ${asCount(next[3])} of ${asCount(data.num_merges)}, is the lowest of all pairs here.`
-      : merges.length ? `Done: no pair that is left is in the list of merges. ${symbols.length} ${symbols.length === 1 ? "token" : "tokens"}.`
+      ? `Merge ${step + 1} of ${merges.length}: “${words(next[1])}” + “${words(next[2])}”, `
+        + `rank ${asCount(next[3])} of ${asCount(data.num_merges)}, is the lowest of all pairs here.`
+      : merges.length ? `Done: no pair that is left is in the list of merges. ${symbols.length === 1 ? "One token" : `${symbols.length} tokens`}.`
       : data.whole ? "It is one token as a whole: no merges." : "Nothing to merge: each byte is a token.";
-    list.replaceChildren(...merges.map(([, left, right, rank], i) => element("li", { "data-done": String(i < step), "aria-current": i === step ? "step" : null,
-      onclick: () => go(i + 1) }, `${words(left)} + ${words(right)} → ${words(left + right)}`, element("small", { text: `  rank ${asCount(rank)}` }))));
+    list.replaceChildren(...merges.map(([, left, right, rank], i) => element("li", { "data-done": String(i < step),
+      "aria-current": i === step ? "step" : null, onclick: () => go(i + 1) },
+    `${words(left)} + ${words(right)} → ${words(left + right)}`, element("small", { text: `  rank ${asCount(rank)}` }))));
     const at = list.querySelector("[aria-current]");
     if (at) scrollWithin(list, at);
-    Object.assign(node.dataset, { step, steps: merges.length, symbols: JSON.stringify(symbols), ids: isDone ? JSON.stringify(data.ids) : "" });
+    Object.assign(node.dataset, { step, steps: merges.length, symbols: JSON.stringify(symbols),
+      ids: isDone ? JSON.stringify(data.ids) : "" });
   };
   const empty = (text) => {
     data = { symbols: [], merges: [], ids: [], spelt: {}, num_merges: 0, whole: true };

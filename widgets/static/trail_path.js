@@ -12,6 +12,9 @@ function bf16Value(bits) {
   return bf16View.getFloat32(0);
 }
 
+// The UTF-8 of a text, in hexadecimal: "20 66 6f 78".
+const asHex = (text) => Array.from(new TextEncoder().encode(text), (byte) => byte.toString(16).padStart(2, "0")).join(" ");
+
 function makePath(ui) {
   const { client } = ui;
   const line = (name) => {
@@ -28,10 +31,12 @@ function makePath(ui) {
     try {
       const answer = await ui.ask("trail.row", { token_id: id });
       if (shownRow !== id) return;
-      stages.row.value.replaceChildren(element("div", { text: `row ${asCount(id)} of ${answer.name}, ${asCount(answer.rows)} × ${asCount(answer.columns)}; it begins:` }),
+      const shape = `${asCount(answer.rows)} × ${asCount(answer.columns)}`;
+      stages.row.value.replaceChildren(element("div", { text: `row ${asCount(id)} of ${answer.name}, ${shape}; it begins:` }),
         element("div", { class: "tv-trail-numbers" }, ...Array.from(answer.bits, (bits, column) => {
           const number = bf16Value(bits);
-          return element("button", { class: "tv-trail-number tv-mono", type: "button", "data-bits": bits, "data-column": column, title: `column ${column}: ${number}. Open it in BitLens`,
+          return element("button", { class: "tv-trail-number tv-mono", type: "button", "data-bits": bits,
+            "data-column": column, title: `column ${column}: ${number}. Open it in BitLens`,
             onclick: () => client.inspect?.({ kind: "weight", name: answer.name, row: id, column }) },
           element("span", { text: number.toPrecision(3) }), element("small", { text: bitsText(bits) }));
         }), element("span", { class: "tv-muted", text: `… ${asCount(answer.columns - answer.bits.length)} more` })));
@@ -60,10 +65,15 @@ function makePath(ui) {
     show(token, tokens, request, sameBeginning) {
       node.hidden = !token;
       if (!token) return;
-      const utf8 = token.hex || (token.text === null ? "" : Array.from(new TextEncoder().encode(token.text), (b) => b.toString(16).padStart(2, "0")).join(" "));
-      stages.bytes.value.replaceChildren(element("span", { class: "tv-mono", text: `${token.text === null ? "not recorded" : `“${visibleText(token.text)}”`}  ${token.special ? "" : utf8.toUpperCase()}` }));
+      // A recording has texts and no bytes: of a split character it knows only that.
+      const isLost = token.text === null || (client.live.kind === "replay" && token.text.includes("\uFFFD"));
+      const bytes = isLost || token.special ? "" : (token.hex || asHex(token.text)).toUpperCase();
+      stages.bytes.value.replaceChildren(element("span", { class: "tv-mono",
+        text: isLost ? "not recorded" : `“${visibleText(token.text)}”  ${bytes}` }));
       if (token.hex) stages.bytes.value.append(element("div", { class: "tv-trail-split", text: splitText(token, tokens) }));
-      if (token.special) stages.bytes.value.append(element("div", { text: "A special token: it stands for no text, it is a mark for the model." }));
+      if (token.special) {
+        stages.bytes.value.append(element("div", { text: "A special token: it stands for no text, it is a mark for the model." }));
+      }
       stages.id.value.textContent = asCount(token.id);
       stages.position.value.textContent = `${asCount(token.at)}: the angle by which RoPE turns its queries and keys`;
       showRow(token.id);
@@ -76,18 +86,28 @@ function makePath(ui) {
       if (!token) return;
       if (!request || !request.request) { value.textContent = "none yet: select a request, for example in TokenRace"; return; }
       const who = `request ${request.request}`;
-      if (!sameBeginning) { value.textContent = `none: ${who} begins with other tokens, and keys and values depend on all tokens before`; return; }
+      if (!sameBeginning) {
+        value.textContent = `none: ${who} begins with other tokens, and keys and values depend on all tokens before`;
+        return;
+      }
       if (!request.block_size) { value.textContent = "not known"; return; }
       const place = Math.floor(token.at / request.block_size), offset = token.at % request.block_size;
       const block = request.blocks[place];
-      if (block === undefined) { value.textContent = request.blocks.length ? `${who} has no block for it yet` : `${who} holds no blocks (${request.status}): they are there for others`; return; }
+      if (block === undefined) {
+        value.textContent = request.blocks.length ? `${who} has no block for it yet`
+          : `${who} holds no blocks (${request.status})`;
+        return;
+      }
       const isComputed = token.at < request.computed;
-      const link = button(`block ${block}, offset ${offset}`, "select this block in every panel", () => client.select({ block, token: token.at }));
-      const bits = button("K in bits", "the first value of its key, in the selected layer, in BitLens", () => client.inspect?.({ kind: "kv", part: "key",
-        layer: client.selection.layer || 0, block, head: 0, offset, dim: 0 }));
+      const link = button(`block ${block}, offset ${offset}`, "select this block in every panel",
+        () => client.select({ block, token: token.at }));
+      const bits = button("K in bits", "the first value of its key, in the selected layer, in BitLens",
+        () => client.inspect?.({ kind: "kv", part: "key", layer: client.selection.layer || 0, block, head: 0, offset, dim: 0 }));
       bits.disabled = !isComputed || client.live.kind === "replay";
-      value.replaceChildren(link, " ", bits, element("div", { text: `of ${who}: its ${place + 1}. block, ${asCount(token.at)} = ${place} · ${request.block_size} + ${offset}; `
-        + (isComputed ? token.at < request.cached ? "keys and values came from the prefix cache" : "keys and values are computed" : "still to be computed") }));
+      value.replaceChildren(link, " ", bits, element("div", {
+        text: `block ${place} of ${who}'s own, since ${asCount(token.at)} = ${place} · ${request.block_size} + ${offset}; `
+          + (!isComputed ? "still to be computed" : token.at < request.cached ? "keys and values came from the prefix cache"
+            : "keys and values are computed") }));
       Object.assign(node.dataset, { block, offset });
     },
   };

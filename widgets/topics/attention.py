@@ -1,7 +1,7 @@
 """The topic behind AttentionScope: rows of attention of one request, as its tokens are computed.
 
 The rows are pulled. About eight times a second, and only if something has changed, `look_at_rows` runs between two
-steps of the engine, for a few milliseconds at most; what is left waits for the next time. So a page can fall behind the
+steps of the engine, for a few milliseconds; what is left waits for the next time. So a page can fall behind the
 engine and catch up, but cannot hold it back.
 
     selection.request, else whoever comes ── follow ──> queries kept ── look ──> AttentionRecord ──> page
@@ -25,7 +25,7 @@ from widgets.frames import Payload
 from widgets.topics.base import Topic, register
 
 LOOKS_PER_SECOND = 8
-BUDGET_S = 0.004  # of the engine's time for one look
+BUDGET_S = 0.0035  # of the engine's time for one look
 IDLE_BUDGET_S = 0.03  # the same, while nobody waits for a token
 KEPT_TOKENS = 1024  # positions of a request whose queries are kept
 KEPT_RECORDS = 6  # requests whose maps are remembered
@@ -323,10 +323,25 @@ def _packed(record: AttentionRecord, focus: tuple[int, int], only: set[int] | No
             "full": np.concatenate([rows[p] for p in positions]) if positions else np.zeros(0, np.uint8)}
 
 
-# ---- letting go ----
+# ---- beginning, and letting go ----
 
 UNWATCH_AFTER_S = 20.0  # out of sight: one scrolls down to a cell and up again
 _timers: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def watch_ahead(source: Any) -> None:
+    """Keep queries from now on, before a page shows anything: the next cell may well add a request already.
+
+    If nobody looks for a while, it ends by itself.
+    """
+    source.between_steps(_follow)  # a recorded run refuses, and that is no news here
+    _unwatch_later(source)
+
+
+def _follow(llm: Any) -> None:
+    from tinyvllm.probe.follow import follow
+
+    follow(llm, None, KEPT_TOKENS)
 
 
 def _unwatch(source: Any) -> None:

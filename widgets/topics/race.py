@@ -129,8 +129,9 @@ class RaceTopic(Topic):
         times = request.token_ns
         count = len(times)
         status = request.status
-        if status == "running":
-            status = request.spans[-1].kind  # prefill or decode
+        if status == "running":  # all but its newest token computed, or still on the way there
+            is_decoding = count and request.num_computed_tokens >= request.num_tokens - 1
+            status = "decode" if is_decoding else request.spans[-1].kind
         return {
             "status": status, "tokens": count, "computed": request.num_computed_tokens,
             "ttft": None if not count else (times[0] - request.added_ns) / 1e6,
