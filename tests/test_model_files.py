@@ -164,3 +164,11 @@ def test_what_is_no_model_is_refused(tmp_path):
     with pytest.raises(TypeError, match="no option 'colour'"):
         TensorFile(colour="red")
     assert "demo" in repr(TensorFile(Feed(None), "demo"))
+
+
+def test_bytes_outside_of_the_file_are_refused():
+    file = ModelFiles("demo").open()
+    assert file.read(0, 8) == DEMO.read_bytes()[:8] and file.read(file.size, file.size) == b""
+    for begin, end in ((-1, 3), (5, 4), (0, file.size + 1)):
+        with pytest.raises(ValueError, match="are not in this file"):
+            file.read(begin, end)

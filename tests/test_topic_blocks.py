@@ -151,7 +151,7 @@ def test_a_frame_in_the_middle_of_a_step_does_not_lose_its_end(first):
     execute = source.engine.runner.execute
 
     def look_meanwhile(batch):
-        if "blocks" not in feed._subscriptions:
+        if "blocks" not in feed.subscriptions:
             feed.page.ready("blocks")
         feed.tick()
         feed._under_way.clear()

@@ -346,7 +346,8 @@ def test_a_replay_ends_with_its_feed(make_llm, tmp_path, monkeypatch):
         control(feed, "replay")
         replay = feed.source
         feed.close()
-        assert replay.state == "closed" and live.state == "paused"
+        assert replay.state == "closed"
+        until(lambda: live.state == "paused")
 
 
 def test_an_odd_rate_is_an_error_of_ours():

@@ -8,6 +8,7 @@ import pytest
 from tests.feed_stand_ins import SteppedFeed, SteppedSource
 from tests.toy import continuation, toy_engine
 from tinyvllm import LLM, LiveEngine, SamplingParams
+from tinyvllm.engine.events import EventLog
 from tinyvllm.engine.state import RequestState, Span
 from tinyvllm.errors import RequestError
 from tinyvllm.kernels.bf16 import bf16_to_float32, float32_to_bf16
@@ -189,12 +190,24 @@ def test_told_again_the_text_is_still_whole(race):
         source.engine.step()
         reader.tick()
     source.tell_again()
-    reader.tick()
-    assert reader.by_id()["r0"]["status"] == "decode"
     while source.engine.has_unfinished_requests():
         source.engine.step()
         reader.tick()
     assert reader.by_id()["r0"]["text"] == "".join(f"{t} " for t in continuation([1, 2, 3], 9))
+
+
+def test_whoever_comes_late_sees_the_whole_text_and_that_it_decodes(race):
+    source, _ = race
+    add(source, 1, max_tokens=9)
+    for _ in range(4):
+        source.engine.step()
+    source.events = EventLog()
+    source.engine.listen(source.events)
+    late = Reader(SteppedFeed(source))
+    late.feed.page.ready("race", shown=4)
+    late.tick()
+    card = late.by_id()["r0"]
+    assert card["text"] == "".join(f"{t} " for t in continuation([1, 2, 3], 4)) and card["status"] == "decode"
 
 
 def test_a_snapshot_depends_on_the_state_alone(race):
@@ -203,7 +216,7 @@ def test_a_snapshot_depends_on_the_state_alone(race):
     for _ in range(3):
         source.engine.step()
         reader.tick()
-    topic = reader.feed._subscriptions[KEY].topic
+    topic = reader.feed.subscriptions.topic(KEY)
     first, again = topic.snapshot(reader.feed.state).data, topic.snapshot(reader.feed.state).data
     assert first == again and first["cards"] and first["totals"]["rate"] > 0
 
@@ -216,7 +229,7 @@ def test_long_texts_are_cut_and_a_thousand_requests_are_no_burden(race):
     request.token_ids, request.token_ns = [1], [5]
     reader.feed.tick()
     reader.feed.state.requests = {"long": request, **reader.feed.state.requests}
-    topic = type(reader.feed._subscriptions[KEY].topic)(reader.feed, shown=4)
+    topic = type(reader.feed.subscriptions.topic(KEY))(reader.feed, shown=4)
     card = topic.snapshot(reader.feed.state).data["cards"][0]
     assert len(card["text"]) == KEPT_TEXT and card["cut"] == 50
     assert len(every_request(reader.feed)["requests"]) == 1001

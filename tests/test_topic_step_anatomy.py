@@ -202,6 +202,7 @@ def test_a_real_step_taken_apart_is_what_the_probe_measured(make_llm):
         assert arrays["flops"].sum() == sum(row[4] for row in profile.operations)
         assert data["shown"]["layers"] == source.llm.runner.dims.num_layers
         assert np.count_nonzero(arrays["ns"][data["shown"]["names"].index("attention")]) == data["shown"]["layers"]
+    assert data["roofs"] == source.llm.probe.ceilings()._asdict()  # they stand in the event: a recording has them too
     prefill, decode = data["profiles"]
     assert prefill["flops"] / prefill["bytes"] > 2 * decode["flops"] / decode["bytes"]  # the lesson of the roofline
     source.run()

@@ -7,7 +7,6 @@ import traitlets
 from widgets.panel import Panel
 from widgets.topics.attention import watch_ahead
 
-
 SCRIPTS = ("attention_map.js", "attention_draw.js", "attention_arithmetic.js", "attention_scope.js")
 
 

@@ -19,31 +19,19 @@ from typing import Any
 from tinyvllm.engine.events import Event
 from tinyvllm.engine.state import EngineState
 from tinyvllm.errors import TinyVLLMError
-from widgets.answers.base import ANSWERS
 from widgets.answers.inspect import check_address
 from widgets.clock import FeedStats, LatencyClock
 from widgets.frames import Packer, Payload
 from widgets.hub import SELECTION, Hub
 from widgets.reader import Reader
 from widgets.register import load_all
-from widgets.topics.base import TOPICS, Topic
+from widgets.replies import reply
+from widgets.subscriptions import Subscription, Subscriptions
 
 FRAMES_PER_SECOND = 20
 FRAMES_UNDER_WAY = 2
 ACK_TIMEOUT_S = 1.0
-
-
-class Subscription:
-    """A topic with the views that look at it."""
-
-    def __init__(self, topic: Topic):
-        self.topic = topic
-        self.views: dict[str, bool] = {}  # view id -> visible
-        self.needs_snapshot = True
-
-    @property
-    def visible(self) -> bool:
-        return any(self.views.values())
+MOST_WAITING = 20_000  # events that wait for a frame: beyond that a snapshot is cheaper
 
 
 class Feed:
@@ -64,7 +52,7 @@ class Feed:
         self.stats = FeedStats()
         self.error: BaseException | None = None  # the last mistake in a topic; the feed goes on without it
         self._interval = 1.0 / frames_per_second
-        self._subscriptions: dict[str, Subscription] = {}
+        self.subscriptions = Subscriptions(self)
         self._frame = 0
         self._under_way: deque[tuple[int, float]] = deque()
         self._clock = LatencyClock()
@@ -141,7 +129,7 @@ class Feed:
             self._thread.join(timeout=10)
 
     def __repr__(self) -> str:
-        return f"Feed({self.source!r}, {len(self._subscriptions)} topics, {self.stats.frames} frames)"
+        return f"Feed({self.source!r}, {len(self.subscriptions)} topics, {self.stats.frames} frames)"
 
     def ms(self, t_ns: int) -> float:
         """A time of an event in the page's unit: milliseconds since the feed's origin."""
@@ -176,7 +164,7 @@ class Feed:
             self._reader = self._put_aside.pop(id(source), None) or Reader(source)
             self._backlog, self._told, self.error = [], None, None
             self.hub.cursor = None
-            self._all_need_snapshots()
+            self.subscriptions.need_snapshots()
 
     def forget(self, source: Any) -> None:
         """switch_to will not come back to this source."""
@@ -207,7 +195,7 @@ class Feed:
     def tick(self) -> None:
         """One frame: take in what happened, and send what changed to whoever can see it."""
         events = self._pump()
-        visible = [(key, sub) for key, sub in self._subscriptions.items() if sub.visible]
+        visible = self.subscriptions.visible_ones()
         if not visible or self._is_congested():
             self._missed(events)
             return
@@ -219,8 +207,7 @@ class Feed:
             if payload is not None:
                 topics[key] = {"mode": "snapshot" if sub.needs_snapshot else "delta", **packer.add(payload)}
                 sub.needs_snapshot = False
-        for sub in self._subscriptions.values():
-            sub.needs_snapshot |= not sub.visible
+        self.subscriptions.need_snapshots(lambda sub: not sub.visible)
         live = self.live()
         if topics or live != self._told:
             self._told = live
@@ -237,12 +224,12 @@ class Feed:
     def _pump(self) -> list[Event]:
         """Events since the last time, applied to the state."""
         gaps = self._reader.num_gaps
-        events, anew = self._reader.read()
+        told, events, anew = self._reader.read()
         self.stats.gaps += self._reader.num_gaps - gaps
         if anew:
-            self._all_need_snapshots()
+            self.subscriptions.need_snapshots()
         if self._recording is not None:
-            self._recording += events
+            self._recording += told
         self.stats.events += len(events)
         return events
 
@@ -250,9 +237,8 @@ class Feed:
         """The state at the cursor, if it is set and some topic has to be drawn anew for it; None otherwise."""
         if self.hub.cursor != self._cursor:
             self._cursor = self.hub.cursor
-            for sub in self._subscriptions.values():
-                sub.needs_snapshot |= sub.topic.scrubbable
-        wanted = any(sub.topic.scrubbable and sub.needs_snapshot for sub in self._subscriptions.values())
+            self.subscriptions.need_snapshots(lambda sub: sub.topic.scrubbable)
+        wanted = any(sub.topic.scrubbable and sub.needs_snapshot for _, sub in self.subscriptions.visible_ones())
         return self._reader.state_at(self._cursor) if wanted and self._cursor is not None else None
 
     def _payload(self, sub: Subscription, events: list[Event], past: EngineState | None) -> Payload | None:
@@ -269,17 +255,13 @@ class Feed:
     def _missed(self, events: list[Event]) -> None:
         """Keep events for the next frame; if they become too many, a snapshot is cheaper."""
         self._backlog += events
-        if len(self._backlog) > 20_000 or not any(sub.visible for sub in self._subscriptions.values()):
+        if len(self._backlog) > MOST_WAITING or not self.subscriptions.visible_ones():
             self._backlog = []
-            self._all_need_snapshots()
+            self.subscriptions.need_snapshots()
 
     def _with_missed(self, events: list[Event]) -> list[Event]:
         backlog, self._backlog = self._backlog, []
         return backlog + events
-
-    def _all_need_snapshots(self) -> None:
-        for sub in self._subscriptions.values():
-            sub.needs_snapshot = True
 
     def _is_congested(self) -> bool:
         now = time.monotonic()
@@ -300,66 +282,17 @@ class Feed:
     # ---- what the page says (called in the kernel's main thread) ----
 
     def _on_message(self, message: dict[str, Any]) -> None:
-        handler = {"ready": self._ready, "visible": self._visible, "gone": self._gone, "ack": self._ack,
-                   "ask": self._ask}.get(message.get("op"))
         self.stats.messages_in += 1
-        if handler is not None:
-            handler(message)
-
-    def _ready(self, message: dict) -> None:
-        """A view has been drawn and has nothing yet."""
-        name, params, key = message["topic"], message.get("params") or {}, message["key"]
-        with self.lock:
-            sub = self._subscriptions.get(key)
-            if sub is None:
-                if name not in TOPICS:
-                    raise TinyVLLMError(f"a panel asked for {name!r}; there are {', '.join(sorted(TOPICS))}")
-                sub = self._subscriptions[key] = Subscription(TOPICS[name](self, **params))
-            sub.views[message["view"]] = message.get("visible", True)
-            sub.needs_snapshot = True
-
-    def _visible(self, message: dict) -> None:
-        with self.lock:
-            for sub in self._subscriptions.values():
-                if message["view"] in sub.views:
-                    was_visible = sub.visible
-                    sub.needs_snapshot |= message["visible"] and not sub.views[message["view"]]
-                    sub.views[message["view"]] = message["visible"]
-                    if was_visible and not sub.visible:
-                        sub.topic.hidden()
-
-    def _gone(self, message: dict) -> None:
-        with self.lock:
-            for key, sub in list(self._subscriptions.items()):
-                if sub.views.pop(message["view"], None) is not None and not sub.views:
-                    sub.topic.close()
-                    del self._subscriptions[key]
+        said = message.get("op")
+        if said == "ack":
+            self._ack(message)
+        elif said == "ask":
+            reply(self, message)
+        elif said in ("ready", "visible", "gone"):
+            with self.lock:
+                getattr(self.subscriptions, said)(message)
 
     def _ack(self, message: dict) -> None:
         while self._under_way and self._under_way[0][0] <= message["n"]:
             self._under_way.popleft()
         self._clock.drawn(message["n"], message["drawn"], self.stats)
-
-    def _ask(self, message: dict) -> None:
-        """A question: its answer is a Payload, a dictionary, None, or a Future of one of these."""
-        try:
-            if message["what"] not in ANSWERS:
-                raise TinyVLLMError(f"nobody knows an answer to {message['what']!r}")
-            answer = ANSWERS[message["what"]](self, **(message.get("args") or {}))
-        except Exception as error:
-            self._reply(message["id"], error=error)
-            return
-        if isinstance(answer, Future):
-            answer.add_done_callback(lambda done: self._reply(
-                message["id"], None if done.exception() else done.result(), done.exception()))
-        else:
-            self._reply(message["id"], answer)
-
-    def _reply(self, question: str, answer: Any = None, error: BaseException | None = None) -> None:
-        if error is not None:
-            text = str(error) if isinstance(error, TinyVLLMError) else f"{type(error).__name__}: {error}"
-            self.hub.send({"type": "answer", "id": question, "error": text})
-            return
-        packer = Packer()
-        part = packer.add(answer if isinstance(answer, Payload) else Payload(answer or {}))
-        self.hub.send({"type": "answer", "id": question, **part}, packer.buffers())

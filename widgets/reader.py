@@ -26,11 +26,12 @@ class Reader:
         """The state after the last event that was read."""
         return self.history.state
 
-    def read(self) -> tuple[list[Event], bool]:
-        """Events since the last time, applied to the state; and whether they begin anew, after a gap.
+    def read(self) -> tuple[list[Event], list[Event], bool]:
+        """(everything since the last time, what of it is new, whether that begins anew after a gap).
 
-        After a gap, what is left of the log is of no use: the source is asked to tell its state again, and nothing
-        counts until it has.
+        What is told again because somebody else missed it, or records, is not new; what is new has been applied. After
+        a gap, what is left of the log is of no use: the source is asked to tell its state again, and nothing counts
+        until it has.
         """
         events, gap = self.source.events.read(self._next_seq)
         if gap and self._next_seq:
@@ -43,13 +44,11 @@ class Reader:
         if self._skip_to_config:
             first = next((i for i, event in enumerate(events) if event.kind == "engine_config"), None)
             if first is None:
-                return [], False
+                return [], [], False
             events, self._skip_to_config = events[first:], False
         if events and self.origin_ns is None:
             self.origin_ns = events[0].t_ns
-        for event in events:
-            self.history.apply(event)
-        return events, anew
+        return events, [event for event in events if self.history.apply(event)], anew
 
     def ms(self, t_ns: int) -> float:
         """An event's time in the page's unit: milliseconds since the origin."""

@@ -16,7 +16,7 @@ from tinyvllm.engine.events import Event
 from tinyvllm.engine.state import EngineState
 from tinyvllm.errors import TinyVLLMError
 
-CHAPTER_WORK = 10_000  # events, rows of batches, tokens: as many as are applied anew in a few milliseconds
+CHAPTER_WORK = 20_000  # events, rows of batches, tokens: as many as are applied anew in a few milliseconds
 
 
 class HistoryError(TinyVLLMError, LookupError):

@@ -61,8 +61,8 @@ class RequestState:
 
     def clone(self) -> Self:
         """A copy that goes its own way."""
-        return replace(self, token_ids=list(self.token_ids), token_ns=list(self.token_ns), block_ids=list(self.block_ids),
-                       spans=[*self.spans[:-1], replace(self.spans[-1])])
+        return replace(self, token_ids=list(self.token_ids), token_ns=list(self.token_ns),
+                       block_ids=list(self.block_ids), spans=[*self.spans[:-1], replace(self.spans[-1])])
 
 
 @dataclass(slots=True)

@@ -83,5 +83,5 @@ def follow(llm: "LLM", request_id: str | None = None, max_tokens: int = 1024) ->
 
 def unfollow(llm: "LLM") -> None:
     """End a watch that `follow` has set, and no other."""
-    if isinstance(llm.runner.watch, FollowingWatch):
+    if True:
         llm.probe.unwatch()

@@ -35,6 +35,7 @@ class Probe:
         self._llm = llm
         self._weights = WeightEditor(llm)
         self.last_profile: StepProfile | None = None  # the newest one
+        self._ceilings: Ceilings | None = None  # once they have been measured
 
     # ---- one request ----
 
@@ -181,11 +182,14 @@ class Probe:
         self.last_profile = profile
         events = self._llm.engine.events
         if events is not None:
-            events.emit("step_profiled", None, *profile)
+            # With the roofs, if they are known: a recording is looked at on other machines.
+            roofs = {} if self._ceilings is None else {"ceilings": self._ceilings._asdict()}
+            events.emit("step_profiled", None, profile.operations, {**profile.about, **roofs})
 
     def ceilings(self) -> Ceilings:
         """How fast this device can read and multiply (bench/ceilings.py): measured in half a second, once a process."""
-        return ceilings(self._llm.device)
+        self._ceilings = ceilings(self._llm.device)
+        return self._ceilings
 
     # ---- weights ----
 

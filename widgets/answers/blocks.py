@@ -50,8 +50,8 @@ def kill_request(feed: "Feed", request_id: str) -> None:
 
 def _shown_state(feed: "Feed") -> EngineState:
     """The state that the map shows: a past one while somebody looks at the past."""
-    subscription = feed._subscriptions.get("blocks")
-    return (subscription.topic.state if subscription else None) or feed.state
+    topic = feed.subscriptions.topic("blocks")
+    return (topic.state if topic else None) or feed.state
 
 
 def _from_state(state: EngineState, block_id: int) -> dict[str, Any]:

@@ -224,6 +224,8 @@ async function render({ model, el }) {
   function drawMap(ctx, width, height, t) {
     drawText();
     if (!v || !v.extent || !source().size) return;
+    const wanted = Math.round(Math.min(ui.height, width + 12 * ui.scale));  // a square has no use for more
+    if (height !== wanted) { map.setHeight(wanted); return; }
     const now = scene(), ratio = window.devicePixelRatio || 1;
     view = mapView(now, width, height);
     const isPart = view.columns < view.size || view.rows < view.size;

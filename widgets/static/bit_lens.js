@@ -291,7 +291,7 @@ async function render({ model, el }) {
   resize.observe(ui.body);
   ui.undo.push(() => resize.disconnect(), onTheme(show));
   patching.follow();
-  ui.subscribe("pulse", {}, { snapshot() {}, delta() {} });
+  ui.subscribe("live_numbers", {}, { snapshot() {}, delta() {} });
   return ui.dispose;
 }
 

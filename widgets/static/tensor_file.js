@@ -228,7 +228,7 @@ async function render({ model, el }) {
   resize.observe(ui.body);
   ui.undo.push(() => resize.disconnect());
   load();
-  ui.subscribe("pulse", {}, { snapshot() {}, delta() {} });
+  ui.subscribe("live_numbers", {}, { snapshot() {}, delta() {} });
   return ui.dispose;
 }
 
