@@ -317,3 +317,19 @@ def test_calls_during_a_reset_find_an_engine(live):
     live.add("The river", SHORT)
     live.wait_idle()
     assert live.stats.num_finished == 1
+
+
+def test_a_second_live_engine_on_the_same_llm_takes_over(make_llm):
+    llm = make_llm()
+    first = LiveEngine(llm, steps_per_second=5)
+    first.add([1, 2, 3], SamplingParams(max_tokens=100, ignore_eos=True))
+    while not first.stats.num_running:
+        time.sleep(0.005)
+    with LiveEngine(llm) as second:
+        assert first.state == "closed" and second.stats.num_running == 0
+        with pytest.raises(TinyVLLMError, match="closed"):
+            first.add([1, 2, 3])
+        request_id = second.add([4, 5, 6], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
+        second.wait_idle()
+        assert second.error is None and request_id not in second.stats.running
+    assert llm.engine.stats.num_free_blocks == llm.engine.stats.num_blocks

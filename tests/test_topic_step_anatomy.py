@@ -11,6 +11,7 @@ from tinyvllm import SamplingParams
 from tinyvllm.engine.replay import ReplayEngine
 from tinyvllm.engine.trace import Trace
 from widgets.frames import unpack
+from widgets.topics.step_anatomy import Profiles
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 PROFILE = [["embed", -1, 100, 10, 0], ["proj", 0, 200, 1000, 4000], ["attn", 0, 50, 30, 60],
@@ -151,6 +152,16 @@ def test_profiles_are_found_again_by_who_comes_late(feed, source):
     feed.page.ready("step_anatomy", view="later")
     data, arrays = last(feed)
     assert [p["step"] for p in data["profiles"]] == [1, 2] and arrays["ns"].sum() == 1220
+
+
+def test_a_profile_that_is_read_twice_is_one_profile(source):
+    source.engine.add_request([1] * 5, GREEDY)
+    profile_next(source)
+    source.engine.step()
+    profiles = Profiles(source.events)
+    profiles.update()  # a view became visible: the log was read ahead of the feed
+    profiles.update(source.events.read()[0])
+    assert len(profiles.found) == 1
 
 
 def test_the_past_shows_only_what_had_happened(feed, source):

@@ -10,6 +10,7 @@ Cells return at once. What they ask for goes on a queue that the engine empties 
 import asyncio
 import queue
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import Any
@@ -31,6 +32,9 @@ class LiveEngine(Driver):
 
     llm: a tinyvllm.LLM. events: the log to emit into (default: a new one). steps_per_second: a speed limit for
     teaching; None is as fast as it goes. paused: start paused, to go on step by step.
+
+    An LLM has one driver at a time: a second LiveEngine on it, as when a cell is run again, closes the first and ends
+    its requests.
     """
 
     def __init__(self, llm: Any, *, events: EventLog | None = None, steps_per_second: float | None = None,
@@ -39,8 +43,18 @@ class LiveEngine(Driver):
         self.llm = llm
         self.callback_error: BaseException | None = None
         self._callbacks: list[OutputCallback] = []
+        self._take_over()
         llm.engine.listen(self.events)
         self._thread.start()
+
+    def _take_over(self) -> None:
+        before = getattr(self.llm, "_driver", None)
+        if before is not None and before() is not None and not before()._closed:
+            before().close()
+            engine = self.llm.engine
+            engine.abort([r.request_id for r in [*engine.scheduler.running, *engine.scheduler.waiting]])
+            engine.take_pending()
+        self.llm._driver = weakref.ref(self)
 
     # ---- what a notebook asks for: each returns at once ----
 

@@ -46,9 +46,8 @@ def has_ended(watch: RequestWatch) -> bool:
 
 
 def _begins(scheduled: ScheduledRequest) -> bool:
-    """Whether these are the first tokens that the engine computes for this request."""
-    request = scheduled.request
-    return request.num_output_tokens == 0 and scheduled.start == max(0, request.num_cached_tokens)
+    """Whether a request is computed from its beginning on: for the first time, or again after a preemption."""
+    return scheduled.start == max(0, scheduled.request.num_cached_tokens)
 
 
 def follow(llm: "LLM", request_id: str | None = None, max_tokens: int = 1024) -> str | None:
@@ -83,5 +82,5 @@ def follow(llm: "LLM", request_id: str | None = None, max_tokens: int = 1024) ->
 
 def unfollow(llm: "LLM") -> None:
     """End a watch that `follow` has set, and no other."""
-    if True:
+    if isinstance(llm.runner.watch, FollowingWatch):
         llm.probe.unwatch()
