@@ -8,9 +8,11 @@ import pytest
 
 from tests.feed_stand_ins import SteppedFeed, SteppedSource
 from tinyvllm import SamplingParams
+from tinyvllm.engine.events import Event
 from tinyvllm.errors import TinyVLLMError
 from widgets.answers import ANSWERS, answers
-from widgets.feed import ACK_TIMEOUT_S, Feed
+from widgets.clock import ACK_TIMEOUT_S, FeedStats, Flow, LatencyClock
+from widgets.feed import Feed
 from widgets.frames import Packer, Payload, unpack
 from widgets.topics import TOPICS, Topic, register
 
@@ -74,6 +76,7 @@ def only_here():
 def fed(**options):
     source = SteppedSource(**options)
     feed = SteppedFeed(source)
+    feed.flow.interval_s = 0.0  # every frame asks
     for i in range(3):
         source.engine.add_request([1, 2, 3, 4, 5 + i], SamplingParams(temperature=0, max_tokens=12), f"r{i}")
     return source, feed, feed.page
@@ -170,9 +173,40 @@ def test_a_page_that_never_acknowledges_is_not_waited_for(monkeypatch):
         feed.tick()
     assert len(page.frames) == 2
     later = time.monotonic() + ACK_TIMEOUT_S + 0.1
-    monkeypatch.setattr("widgets.feed.time.monotonic", lambda: later)
+    monkeypatch.setattr("widgets.clock.time.monotonic", lambda: later)
     feed.tick()
     assert len(page.frames) == 3
+
+
+def test_few_frames_ask_for_an_answer(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("widgets.clock.time.monotonic", lambda: now[0])
+    flow, asked = Flow(interval_s=0.2), []
+    for frame in range(1, 41):  # two seconds at 20 frames a second, all of them answered
+        assert not flow.is_congested()
+        if flow.sent(frame):
+            asked.append(frame)
+            flow.acknowledged(frame)
+        now[0] += 0.05
+    assert 8 <= len(asked) <= 11
+    for frame in range(41, 60):  # now the page is silent
+        if flow.is_congested():
+            break
+        flow.sent(frame)
+        now[0] += 0.05
+    assert flow.is_congested() and 44 <= frame <= 48
+    now[0] += ACK_TIMEOUT_S
+    assert not flow.is_congested()
+
+
+def test_latency_is_taken_of_events_all_over_a_frame():
+    clock, stats = LatencyClock(), FeedStats()
+    start = time.perf_counter_ns()
+    events = [Event(i, start + i * 1_000_000, "tokens", 1, None, [], None) for i in range(80)]
+    clock.sent(1, events)
+    clock.drawn(1, (start + clock._to_wall_ns) / 1e6 + 100, stats)
+    assert len(stats.latency_ms) == 8 and max(stats.latency_ms) == pytest.approx(100, abs=0.01)
+    assert stats.latency(0.5) == pytest.approx(60, abs=10.1)
 
 
 def test_a_reader_that_fell_behind_asks_again_and_ends_up_with_the_truth():

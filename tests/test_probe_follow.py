@@ -44,7 +44,9 @@ def test_it_stays_with_a_request_until_that_has_ended(llm):
     while llm.engine.has_request("first"):
         assert follow(llm) == "first"
         llm.engine.step()
-    assert follow(llm) == "second"  # nobody begins, and this one runs
+    llm.engine.step()
+    assert llm.probe.watched == "first"  # by itself it takes nobody who is half done
+    assert follow(llm) == "second"  # asked again: nobody begins, and this one runs
     finish(llm)
 
 

@@ -372,7 +372,7 @@ def test_what_if_is_the_softmax_of_the_same_numbers(feed, source, causal, scaled
     expected /= expected.sum(1, keepdims=True)
     what = ask(feed, "attention_what_if", request="r", layer=1, head=3, causal=causal, scaled=scaled)
     assert np.abs(what.arrays["weights"] - 255 * expected).max() <= 0.5 + 1e-3
-    for row, column in ((4, 2), (4, 4), (4, 20)):
+    for row, column in ((0, 0), (4, 2), *((row, row) for row in range(1, 20)), (4, 20)):
         cell = ask(feed, "attention_cell", request="r", layer=1, head=3, row=row, column=column, causal=causal,
                    scaled=scaled).data
         assert abs(cell["weight"] - expected[row, column]) < 1e-5 and cell["masked"] == (causal and column > row)

@@ -103,7 +103,7 @@ def test_the_map_is_the_pool_after_every_frame_of_a_storm(options, every):
         if step % every:
             continue
         feed.tick()
-        feed._under_way.clear()
+        feed.flow.acknowledged(10**9)
         assert feed.error is None
         if step == 90:
             source.tell_again()  # told again though nobody missed it: nothing may change
@@ -129,11 +129,11 @@ def test_a_delta_holds_only_the_blocks_that_changed_and_nothing_is_sent_for_noth
     feed.page.ready("blocks")
     source.engine.add_request(list(range(12)), greedy(40), "a")
     feed.tick()
-    feed._under_way.clear()
+    feed.flow.acknowledged(10**9)
     for _ in range(8):
         source.engine.step()
         feed.tick()
-        feed._under_way.clear()
+        feed.flow.acknowledged(10**9)
         mode, payload = feed.page.part("blocks")
         assert mode == "delta" and len(payload.arrays["ids"]) <= 3
     frames = len(feed.page.frames)
@@ -154,7 +154,7 @@ def test_a_frame_in_the_middle_of_a_step_does_not_lose_its_end(first):
         if "blocks" not in feed.subscriptions:
             feed.page.ready("blocks")
         feed.tick()
-        feed._under_way.clear()
+        feed.flow.acknowledged(10**9)
         return execute(batch)
 
     source.engine.runner.execute = look_meanwhile
@@ -201,7 +201,7 @@ def test_the_past_is_shown_while_the_cursor_stands_there_and_answers_speak_of_it
 
     def frame():
         feed.tick()
-        feed._under_way.clear()
+        feed.flow.acknowledged(10**9)
         for told in feed.page.frames:
             if "blocks" in told["topics"]:
                 mirror.take(unpack(told["topics"]["blocks"], told["buffers"]))
@@ -243,7 +243,7 @@ def test_a_block_of_the_past_is_not_said_to_hold_what_came_later():
     feed.tick()
     assert source.engine.kv_cache_manager.req_to_block_ids["b"] == table[::-1]
     feed.hub.cursor = then
-    feed._under_way.clear()
+    feed.flow.acknowledged(10**9)
     feed.tick()
     told = [block(feed, block_id) for block_id in table]
     assert [t["owners"] for t in told] == [["a"], ["a"]] and [t["start"] for t in told] == [0, 4]

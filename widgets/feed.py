@@ -4,14 +4,13 @@
                                                           ^                                            │
                                                           └───── ready, visible, ack, ask, command ────┘
 
-Only topics that somebody can see are computed. At most two frames are under way; a page that does not answer for a
-second is not waited for. A reader that fell behind sees the gap in the sequence numbers and asks the engine to tell its
-state again. The pump never touches the engine: it reads the log, and asks by `between_steps`.
+Only topics that somebody can see are computed. A page that cannot draw as fast is not sent more (clock.py). A reader
+that fell behind sees the gap in the sequence numbers and asks the engine to tell its state again. The pump never touches
+the engine: it reads the log, and asks by `between_steps`.
 """
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -20,7 +19,7 @@ from tinyvllm.engine.events import Event
 from tinyvllm.engine.state import EngineState
 from tinyvllm.errors import TinyVLLMError
 from widgets.answers.inspect import check_address
-from widgets.clock import FeedStats, LatencyClock
+from widgets.clock import FeedStats, Flow, LatencyClock
 from widgets.frames import Packer, Payload
 from widgets.hub import SELECTION, Hub
 from widgets.reader import Reader
@@ -29,8 +28,6 @@ from widgets.replies import reply
 from widgets.subscriptions import Subscription, Subscriptions
 
 FRAMES_PER_SECOND = 20
-FRAMES_UNDER_WAY = 2
-ACK_TIMEOUT_S = 1.0
 MOST_WAITING = 20_000  # events that wait for a frame: beyond that a snapshot is cheaper
 
 
@@ -54,7 +51,7 @@ class Feed:
         self._interval = 1.0 / frames_per_second
         self.subscriptions = Subscriptions(self)
         self._frame = 0
-        self._under_way: deque[tuple[int, float]] = deque()
+        self.flow = Flow()
         self._clock = LatencyClock()
         self._told: dict[str, Any] | None = None
         self._recording: list[Event] | None = None
@@ -196,7 +193,7 @@ class Feed:
         """One frame: take in what happened, and send what changed to whoever can see it."""
         events = self._pump()
         visible = self.subscriptions.visible_ones()
-        if not visible or self._is_congested():
+        if not visible or self.flow.is_congested():
             self._missed(events)
             return
         events = self._with_missed(events)
@@ -263,19 +260,14 @@ class Feed:
         backlog, self._backlog = self._backlog, []
         return backlog + events
 
-    def _is_congested(self) -> bool:
-        now = time.monotonic()
-        while self._under_way and now - self._under_way[0][1] > ACK_TIMEOUT_S:
-            self._under_way.popleft()
-        return len(self._under_way) >= FRAMES_UNDER_WAY
-
     def _send_frame(self, topics: dict, live: dict, packer: Packer, events: list[Event]) -> None:
         self._frame += 1
-        self._under_way.append((self._frame, time.monotonic()))
-        self._clock.sent(self._frame, events)
+        asks = self.flow.sent(self._frame)
+        if asks:
+            self._clock.sent(self._frame, events)
         buffers = packer.buffers()
         self.hub.send({"type": "frame", "n": self._frame, "now": self.ms(self.source.now_ns()), "live": live,
-                       "topics": topics}, buffers)
+                       "topics": topics, "ack": asks}, buffers)
         self.stats.frames += 1
         self.stats.bytes += sum(map(len, buffers))
 
@@ -293,6 +285,5 @@ class Feed:
                 getattr(self.subscriptions, said)(message)
 
     def _ack(self, message: dict) -> None:
-        while self._under_way and self._under_way[0][0] <= message["n"]:
-            self._under_way.popleft()
+        self.flow.acknowledged(message["n"])
         self._clock.drawn(message["n"], message["drawn"], self.stats)

@@ -73,7 +73,7 @@ class Client {
     }
     for (const listener of this.listeners) listener(this.live, this.now);
     // Asked for after the panels asked for theirs, so this runs when they have drawn.
-    requestAnimationFrame(() => this.say({ op: "ack", n: message.n, drawn: performance.timeOrigin + performance.now() }));
+    if (message.ack) requestAnimationFrame(() => this.say({ op: "ack", n: message.n, drawn: performance.timeOrigin + performance.now() }));
   }
 
   say(message) { this.hub.send(message); }
