@@ -19,8 +19,9 @@ from numba import cuda  # noqa: E402
 from numba.cuda import types  # noqa: E402
 
 from tinyvllm.kernels import argmax, embedding, kv_cache, residual_add, rms_norm, rope, sampling, silu_mul, softmax  # noqa: E402  # noqa: E402
-from tinyvllm.kernels.attention import decode, decode_simple, prefill, prefill_simple  # noqa: E402
-from tinyvllm.kernels.gemm import cublas, gemv, naive, tensor_core, tiled  # noqa: E402
+from tinyvllm.kernels.attention import combine, decode, decode_simple, prefill, prefill_simple  # noqa: E402
+from tinyvllm.kernels.fused import greedy, rope_write, rows  # noqa: E402
+from tinyvllm.kernels.gemm import cublas, few_rows, gemv, naive, tensor_core, tiled  # noqa: E402
 
 CAPABILITIES = [(8, 0), (9, 0)]
 
@@ -62,6 +63,23 @@ TENSOR_CORE = {**{f"gemm_{tile[0]}x{tile[1]}": lambda tile=tile: tensor_core.ten
 GEMV = {f"gemv_{rows}": lambda rows=rows: gemv.gemv_kernel(rows) for rows in range(1, gemv.MAX_ROWS + 1)}
 
 
+# (kernel, whether it takes part in programmatic dependent launch), at the sizes of Llama 3.2 1B and at odd ones
+POINTWISE = {"gather_rows": lambda d: rows.gather_rows_kernel(2048, d),
+             "norm": lambda d: rows.norm_rows_kernel(2048, d),
+             "norm_200": lambda d: rows.norm_rows_kernel(200, d), "gate_rows": lambda d: rows.gate_rows_kernel(8192, d),
+             "add_rows": lambda d: rows.add_rows_kernel(2048, d),
+             **{f"rope_write_{n}": lambda d, n=n: rope_write.rope_write_kernel(n, d) for n in (32, 64, 80, 128)},
+             "best_of_parts": lambda d: greedy.best_of_parts_kernel(d),
+             "best_of_row": lambda d: greedy.best_of_row_kernel(d),
+             "combine": lambda d: combine.combine_parts_kernel(64, 256, d)}
+FEW_ROWS = {f"few_rows_{n}_{depth}_{after}": lambda d, n=n, depth=depth, norm=norm, after=after, size=size:
+            few_rows.few_rows_kernel(n, depth, norm, after, size, d)
+            for n in (1, 8)
+            for depth, norm, after, size in (
+                (2048, True, "rope", 64), (2048, True, "silu", 0), (2048, True, "plain", 0), (2048, False, "add", 0),
+                (8192, False, "add", 0), (200, True, "rope", 80), (4096, True, "rope", 128))}
+
+
 def assemble(kernel, signature, capability):
     """(PTX, registers a thread, bytes of spills, bytes of stack) of a kernel."""
     ptx, _ = cuda.compile_ptx(kernel.py_func, signature, cc=capability, **kernel.options)
@@ -101,6 +119,24 @@ def test_ptx_grade_kernels_keep_everything_in_registers(name, capability):
         assert kernel.shared_bytes <= 48 * 1024, "more needs a call to the driver"
     else:
         assert "ld.global.nc.L1::no_allocate.L2::128B.v4.b32" in ptx
+
+
+@pytest.mark.parametrize("dependent, capability", [(False, (8, 0)), (True, (9, 0))], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", [*POINTWISE, *FEW_ROWS])
+def test_fused_kernels_keep_everything_in_registers(name, dependent, capability):
+    kernel = {**POINTWISE, **FEW_ROWS}[name](dependent)
+    ptx, registers, spills, stack = assemble(kernel, kernel.numba_signature(), capability)
+    assert spills == 0 and stack == 0 and ".local" not in ptx
+    threads, blocks = kernel.options["launch_bounds"]
+    assert registers * threads * blocks <= 65536
+    assert ("griddepcontrol.wait" in ptx) == ("griddepcontrol.launch_dependents" in ptx) == dependent
+    if name in FEW_ROWS:
+        loads = ptx.index("ld.global.nc.L1::no_allocate.L2::128B.v4.b32")
+        assert "mma.sync.aligned.m16n8k16" in ptx
+        assert not dependent or loads < ptx.index("griddepcontrol.wait"), "weights are asked for before the wait"
+        assert ptx.index("mma.sync") > loads
+    if dependent:  # nothing is written before the kernels ahead have ended
+        assert "st.global" not in ptx[:ptx.index("griddepcontrol.wait")]
 
 
 def test_a_kernel_reads_shared_memory_by_ldmatrix_only_where_banks_cannot_collide():

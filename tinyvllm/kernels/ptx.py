@@ -37,7 +37,9 @@ __all__ = ["widen_cuda", "narrow_cuda", "instruction", "mma_m16n8k16", "ldmatrix
            "load_16_bytes_cached", "load_u32", "load_i32", "load_u16", "store_u32", "store_u16", "store_f32",
            "load_f32", "load_shared_f32", "store_shared_f32", "low_bf16", "high_bf16", "pack_bf16", "exp2",
            "divide", "maximum", "shuffle_xor", "thread_index", "lane_index", "block_index_x", "block_index_y",
-           "block_index_z", "grid_size_x", "dynamic_shared", "warp_barrier"]
+           "block_index_z", "grid_size_x", "dynamic_shared", "warp_barrier", "load_shared_16_bytes",
+           "store_shared_16_bytes", "store_shared_two_f32", "store_16_bytes", "wait_for_previous_kernel",
+           "let_next_kernel_start"]
 
 INLINE = cuda is not None and not simulated()  # the simulator runs Python: it knows no PTX
 
@@ -164,6 +166,16 @@ store_u16 = instruction("st.global.b16 [$0], $1;", "", "u64 u16", memory=True)
 store_f32 = instruction("st.global.f32 [$0], $1;", "", "u64 f32", memory=True)
 load_shared_f32 = instruction("ld.shared.f32 $0, [$1];", "f32", "u32", memory=True)
 store_shared_f32 = instruction("st.shared.f32 [$0], $1;", "", "u32 f32", memory=True)
+
+load_shared_16_bytes = instruction("ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];", "u32 u32 u32 u32", "u32", memory=True)
+store_shared_16_bytes = instruction("st.shared.v4.b32 [$0], {$1,$2,$3,$4};", "", "u32 u32 u32 u32 u32", memory=True)
+store_shared_two_f32 = instruction("st.shared.v2.f32 [$0], {$1,$2};", "", "u32 f32 f32", memory=True)
+store_16_bytes = instruction("st.global.v4.b32 [$0], {$1,$2,$3,$4};", "", "u64 u32 u32 u32 u32", memory=True)
+
+# ---- programmatic dependent launch (compute capability 9.0): see driver.py ----
+
+wait_for_previous_kernel = instruction("griddepcontrol.wait;", "", "", volatile=True, memory=True)
+let_next_kernel_start = instruction("griddepcontrol.launch_dependents;", "", "", volatile=True, memory=True)
 
 # ---- bf16 pairs in a 32-bit register, arithmetic ----
 

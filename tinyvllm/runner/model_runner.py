@@ -32,21 +32,26 @@ class ModelRunner:
                   "position": np.int64}
         self._sampling_host = {name: np.zeros(max_num_seqs, dtype) for name, dtype in dtypes.items()}
         self._sampling_device = {name: backend.empty((max_num_seqs,), dtype) for name, dtype in dtypes.items()}
-        self._token_ids = backend.empty((max_num_seqs,), np.int32)
+        self.token_ids = backend.empty((max_num_seqs,), np.int32)  # what was sampled last, on the device
+        self.max_num_seqs, self.max_blocks = max_num_seqs, max_blocks
+        self._graphs = backend.decode_graphs(self) if hasattr(backend, "decode_graphs") else None
 
     def execute(self, output: SchedulerOutput) -> dict[str, int]:
         """Compute a step; returns request_id -> token for every scheduled request with `sample`."""
+        if self._graphs is not None and self._graphs.can_run(output):
+            return self._graphs.run(output)
         batch = self.builder.build(output)
         self.backend.forward(self.weights, self.kv_cache, batch, self.buffers, self.dims)
         requests = [scheduled.request for scheduled in output.scheduled if scheduled.sample]
         if not requests:
             return {}
-        tokens = self.backend.download(self._sample(requests)).tolist()
+        tokens = self.backend.download(self.sample(requests)).tolist()
         return {request.request_id: token for request, token in zip(requests, tokens)}
 
-    def _sample(self, requests):
+    def sample(self, requests):
+        """The next tokens of requests whose logits are the first rows of the buffer, on the device."""
         num = len(requests)
-        token_ids, logits = self._token_ids[:num], self.buffers.logits[:num]
+        token_ids, logits = self.token_ids[:num], self.buffers.logits[:num]
         if all(request.params.temperature == 0 for request in requests):
             self.backend.argmax(token_ids, logits)
             return token_ids

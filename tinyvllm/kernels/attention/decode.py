@@ -41,6 +41,7 @@ from tinyvllm.kernels.ptx import (
     lane_index,
     ldmatrix_x4,
     ldmatrix_x4_transposed,
+    let_next_kernel_start,
     load_i32,
     load_shared_f32,
     load_u32,
@@ -53,6 +54,7 @@ from tinyvllm.kernels.ptx import (
     store_shared_f32,
     store_u16,
     thread_index,
+    wait_for_previous_kernel,
     warp_barrier,
 )
 
@@ -63,8 +65,8 @@ SIGNATURE = ("uint64",) * 7 + ("int32", "int32", "float32", "int32", "int32", "i
 
 
 @functools.cache
-def decode_kernel(D: int):
-    """The kernel for head_dim D (a constant in it)."""
+def decode_kernel(D: int, DEPENDENT: bool = False):
+    """The kernel for head_dim D (a constant in it); DEPENDENT: takes part in programmatic dependent launch."""
     KEYS = key_tile(D)
     WARPS = KEYS // 16  # each warp has its own 16 keys of a tile
     CHUNKS = D // 8
@@ -85,6 +87,9 @@ def decode_kernel(D: int):
         it."""
         thread, lane = thread_index(), lane_index()
         warp, g, q = thread // 32, lane // 4, lane % 4
+        if DEPENDENT:
+            let_next_kernel_start()
+            wait_for_previous_kernel()
         split, request = block_index_x(), block_index_z()
         group = divide(num_heads, num_kv_heads)
         tiles_of_heads = (group + 15) // 16

@@ -1,0 +1,92 @@
+"""Single kernels of a decode step, timed in graphs, beside the bandwidth that the same run's copy reaches."""
+
+from ctypes import c_size_t, c_uint64
+
+import numpy as np
+
+from tinyvllm.kernels.driver import Event, check, driver
+
+LAUNCHES = 4  # a layer and graph
+
+
+def graph_milliseconds(stream, launch, rounds: int) -> list[float]:
+    """Of one replay of what `launch` launches."""
+    launch()
+    stream.synchronize()
+    with stream.capture() as captured:
+        launch()
+    captured.graph.launch(stream)
+    times = []
+    for _ in range(rounds):
+        before, after = Event(), Event()
+        before.record(stream)
+        captured.graph.launch(stream)
+        after.record(stream)
+        times.append(after.milliseconds_since(before))
+    return times
+
+
+def measure_kernels(bench, rounds: int):
+    """label -> figures, for bench.main. Needs the fused operations."""
+    fused, runner = bench.backend.fused, bench.runner
+    w, buf, dims, kv = runner.weights, runner.buffers, runner.dims, runner.kv_cache
+    stream, layers = fused.stream, dims.num_layers
+    for array in buf:
+        bits = np.random.default_rng(1).standard_normal(1 << 20, dtype=np.float32).view(np.uint32) >> 16
+        flat = array.reshape(int(np.prod(array.shape)))
+        bench.backend.put(flat, 0, np.resize(bits.astype(np.uint16), min(flat.shape[0], 1 << 23)))
+
+    def copy():
+        half = kv.k.nbytes
+        check(driver().cuMemcpyDtoDAsync_v2(c_uint64(kv.v.address), c_uint64(kv.k.address), c_size_t(half),
+                                            stream.handle), "copying")
+
+    yield "ceiling: copy (TB/s)", [2 * kv.k.nbytes / t / 1e9 for t in graph_milliseconds(stream, copy, rounds)]
+
+    ids = bench.backend.empty((256,), np.int32)
+    bench.backend.put(ids, 0, np.arange(256, dtype=np.int32))
+
+    for batch in (1, 8, 32, 128, 256):
+        part = [array[:batch] for array in (buf.residual, buf.hidden, buf.qkv, buf.attn, buf.gate_up, buf.act)]
+        residual, hidden, qkv, attn, gate_up, act = part
+        launches = {
+            "qkv": (w.qkv, lambda i: fused.norm_qkv_rope_write(
+                qkv, kv.k[i], kv.v[i], hidden, residual, w.input_norm[i], w.qkv[i], ids[:batch], ids[:batch],
+                w.cos_sin, dims.eps, dims.num_heads, dims.num_kv_heads, dims.head_dim, dims.block_size)),
+            "o": (w.o, lambda i: fused.linear_add(residual, hidden, attn, w.o[i])),
+            "gate_up": (w.gate_up, lambda i: fused.norm_gate_up(act, gate_up, hidden, residual,
+                                                                w.post_attention_norm[i], w.gate_up[i], dims.eps)),
+            "down": (w.down, lambda i: fused.linear_add(residual, hidden, act, w.down[i]))}
+        for name, (weight, launch) in launches.items():
+            def all_layers(launch=launch):
+                for i in range(layers):
+                    launch(i)
+
+            times = graph_milliseconds(stream, all_layers, rounds)
+            yield f"kernel: {name}, batch {batch} (us)", [1e3 * t / layers for t in times]
+            yield f"kernel: {name}, batch {batch} (TB/s)", [weight.nbytes / t / 1e9 for t in times]
+        times = graph_milliseconds(stream, lambda: fused.norm_logits(
+            buf.logits[:batch], buf.last[:batch], residual, ids[:batch], w.final_norm, w.lm_head, dims.eps), rounds)
+        yield f"kernel: lm_head, batch {batch} (us)", [1e3 * t for t in times]
+        times = graph_milliseconds(stream, lambda: fused.argmax(ids[:batch], buf.logits[:batch]), rounds)
+        yield f"kernel: argmax, batch {batch} (us)", [1e3 * t for t in times]
+        bench.backend.put(ids, 0, np.arange(256, dtype=np.int32))
+
+    for batch, context in ((1, 128), (8, 256), (64, 4096), (256, 256)):
+        width = context // dims.block_size
+        tables = bench.backend.empty((batch * width,), np.int32)
+        blocks = np.random.default_rng(2).permutation(kv.k.shape[1])[:batch * width].astype(np.int32)
+        bench.backend.put(tables, 0, blocks)
+        lens = bench.backend.empty((batch,), np.int32)
+        bench.backend.put(lens, 0, np.full(batch, context, np.int32))
+
+        def attend(batch=batch, width=width, tables=tables, lens=lens):
+            for i in range(layers):
+                fused.attention(buf.attn[:batch], buf.qkv[:batch], kv.k[i], kv.v[i], tables.reshape(batch, width), lens,
+                                ids, batch, dims.scale, dims.num_heads, dims.num_kv_heads, dims.head_dim,
+                                dims.block_size)
+
+        times = graph_milliseconds(stream, attend, rounds)
+        bytes_read = 4 * batch * context * dims.num_kv_heads * dims.head_dim * layers
+        yield f"kernel: decode attention, {batch} x {context} (us)", [1e3 * t / layers for t in times]
+        yield f"kernel: decode attention, {batch} x {context} (TB/s)", [bytes_read / t / 1e9 for t in times]
