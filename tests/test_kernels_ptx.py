@@ -21,7 +21,7 @@ from numba.cuda import types  # noqa: E402
 from tinyvllm.kernels import argmax, embedding, kv_cache, residual_add, rms_norm, rope, sampling, silu_mul, softmax  # noqa: E402  # noqa: E402
 from tinyvllm.kernels.attention import combine, decode, decode_simple, prefill, prefill_simple  # noqa: E402
 from tinyvllm.kernels.fused import greedy, rope_write, rows  # noqa: E402
-from tinyvllm.kernels.gemm import cublas, few_rows, gemv, naive, tensor_core, tiled  # noqa: E402
+from tinyvllm.kernels.gemm import cublas, few_rows, gemv, naive, skinny, tensor_core, tiled, wgmma  # noqa: E402
 
 CAPABILITIES = [(8, 0), (9, 0)]
 
@@ -80,10 +80,19 @@ FEW_ROWS = {f"few_rows_{n}_{depth}_{after}": lambda d, n=n, depth=depth, norm=no
                 (8192, False, "add", 0), (200, True, "rope", 80), (4096, True, "rope", 128))}
 
 
+LAYER = {"qkv": (3072, 2048, "rope", 64), "o": (2048, 2048, "add", 0), "gate_up": (16384, 2048, "silu", 0),
+         "down": (2048, 8192, "add", 0), "lm_head": (128256, 2048, "plain", 0), "head_128": (6144, 4096, "rope", 128)}
+HOPPER = {**{f"skinny_{name}_{rows}": lambda rows=rows, n=n, k=k, after=after, size=size: skinny.skinny_kernel(
+             *skinny.choose_shape(rows, n, k, size, 132), after, size)
+             for name, (n, k, after, size) in LAYER.items() for rows in (16, 64, 128, 256)},
+          **{f"wgmma_{n}_{after}": lambda n=n, after=after: wgmma.wgmma_kernel(n, after)
+             for n, after in ((256, "plain"), (256, "silu"), (192, "plain"), (128, "add"), (256, "add"))}}
+
+
 def assemble(kernel, signature, capability):
     """(PTX, registers a thread, bytes of spills, bytes of stack) of a kernel."""
     ptx, _ = cuda.compile_ptx(kernel.py_func, signature, cc=capability, **kernel.options)
-    options = cuda_core.LinkerOptions(arch=f"sm_{capability[0]}{capability[1]}", ptxas_options=["-v"])
+    options = cuda_core.LinkerOptions(arch="sm_" + "".join(map(str, capability)), ptxas_options=["-v"])
     linker = cuda_core.Linker(cuda_core.ObjectCode.from_ptx(ptx.encode()), options=options)
     linker.link("cubin")
     log = linker.get_info_log()
@@ -137,6 +146,20 @@ def test_fused_kernels_keep_everything_in_registers(name, dependent, capability)
         assert ptx.index("mma.sync") > loads
     if dependent:  # nothing is written before the kernels ahead have ended
         assert "st.global" not in ptx[:ptx.index("griddepcontrol.wait")]
+
+
+@pytest.mark.parametrize("name", HOPPER)
+def test_hopper_kernels_keep_their_sums_in_registers(name):
+    kernel = HOPPER[name]()
+    ptx, registers, spills, stack = assemble(kernel, kernel.numba_signature(), (9, 0, "a"))
+    assert spills == 0 and stack == 0 and ".local" not in ptx
+    threads, blocks = kernel.options["launch_bounds"]
+    warps = -(-threads // 32 * blocks // 4)  # on each of a multiprocessor's four parts, which has 16,384 registers
+    assert warps * 32 * registers <= 16384
+    assert blocks * (kernel.shared_bytes + 1024) <= 228 * 1024, "more than a multiprocessor's shared memory"
+    assert "wgmma.mma_async.sync.aligned.m64n" in ptx and "cp.async.bulk.tensor.2d.shared::cluster" in ptx
+    if name.startswith("skinny"):
+        assert ptx.index("cp.async.bulk.tensor") < ptx.index("griddepcontrol.wait"), "weights are asked for before it"
 
 
 def test_a_kernel_reads_shared_memory_by_ldmatrix_only_where_banks_cannot_collide():

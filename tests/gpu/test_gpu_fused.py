@@ -12,7 +12,7 @@ from tinyvllm.model import llama, llama_fused
 pytestmark = [pytest.mark.gpu,
               pytest.mark.skipif(not cuda_support.cuda_available() or cuda_support.simulated(),
                                  reason="needs a GPU")]
-ROWS = [1, 2, 3, 5, 8, 9, 40, 130]
+ROWS = [1, 2, 3, 5, 8, 9, 33, 64, 130, 256, 300]
 
 
 @pytest.fixture
@@ -20,13 +20,14 @@ def rng():
     return fresh_rng()
 
 
-@pytest.fixture(scope="module")
-def fused():
+@pytest.fixture(scope="module", params=[None, False], ids=["best", "sm_80"])
+def fused(request):
+    """The kernels for this GPU, and those that any GPU from compute capability 8.0 on can run."""
     from tinyvllm.kernels.driver import Stream
     from tinyvllm.kernels.fused.operations import FusedOperations
 
     cuda_support.cuda.current_context()
-    return FusedOperations(Stream())
+    return FusedOperations(Stream(), hopper=request.param)
 
 
 def to_device(array):
@@ -47,7 +48,7 @@ def run_both(fused, name, outs, *arguments):
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("hidden, outputs", [(64, 40), (200, 72), (2048, 2048), (8192, 2048)])
+@pytest.mark.parametrize("hidden, outputs", [(64, 40), (200, 72), (2048, 2048), (8192, 2048), (1000, 520)])
 def test_linear_add(rng, fused, rows, hidden, outputs):
     residual, x = random_bf16(rng, rows, outputs), random_bf16(rng, rows, hidden)
     weight = random_bf16(rng, outputs, hidden, scale=hidden**-0.5)
@@ -56,7 +57,7 @@ def test_linear_add(rng, fused, rows, hidden, outputs):
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("hidden, inner", [(64, 96), (200, 72), (2048, 8192)])
+@pytest.mark.parametrize("hidden, inner", [(64, 96), (200, 72), (2048, 8192), (512, 1016)])
 def test_norm_gate_up(rng, fused, rows, hidden, inner):
     residual, norm = random_bf16(rng, rows, hidden, scale=3), random_bf16(rng, hidden)
     weight = random_bf16(rng, 2 * inner, hidden, scale=hidden**-0.5)
@@ -95,7 +96,7 @@ def test_norm_qkv_rope_write(rng, fused, rows, heads, hidden):
             assert_close(cache[written], wanted[written], relative=6e-3)
 
 
-@pytest.mark.parametrize("rows, wanted", [(1, 1), (8, 8), (30, 3), (30, 12), (8, 0)])
+@pytest.mark.parametrize("rows, wanted", [(1, 1), (8, 8), (30, 3), (30, 12), (8, 0), (300, 100), (300, 300)])
 def test_norm_logits_takes_the_rows_asked_for(rng, fused, rows, wanted):
     residual, norm = random_bf16(rng, rows, 256), random_bf16(rng, 256)
     weight, indices = random_bf16(rng, 1000, 256, scale=1 / 16), rng.permutation(rows)[:wanted].astype(np.int32)

@@ -26,6 +26,20 @@ def graph_milliseconds(stream, launch, rounds: int) -> list[float]:
     return times
 
 
+def layer_operations(fused, w, kv, dims, ids, residual, hidden, qkv, attn, gate_up, act) -> dict:
+    """name -> (stacked weights, launch(layer)) of a layer's four products."""
+    def project(i):
+        fused.norm_qkv_rope_write(qkv, kv.k[i], kv.v[i], hidden, residual, w.input_norm[i], w.qkv[i], ids, ids,
+                                  w.cos_sin, dims.eps, dims.num_heads, dims.num_kv_heads, dims.head_dim,
+                                  dims.block_size)
+
+    return {"qkv": (w.qkv, project),
+            "o": (w.o, lambda i: fused.linear_add(residual, hidden, attn, w.o[i])),
+            "gate_up": (w.gate_up, lambda i: fused.norm_gate_up(act, gate_up, hidden, residual,
+                                                                w.post_attention_norm[i], w.gate_up[i], dims.eps)),
+            "down": (w.down, lambda i: fused.linear_add(residual, hidden, act, w.down[i]))}
+
+
 def measure_kernels(bench, rounds: int):
     """label -> figures, for bench.main. Needs the fused operations."""
     fused, runner = bench.backend.fused, bench.runner
@@ -49,14 +63,7 @@ def measure_kernels(bench, rounds: int):
     for batch in (1, 8, 32, 128, 256):
         part = [array[:batch] for array in (buf.residual, buf.hidden, buf.qkv, buf.attn, buf.gate_up, buf.act)]
         residual, hidden, qkv, attn, gate_up, act = part
-        launches = {
-            "qkv": (w.qkv, lambda i: fused.norm_qkv_rope_write(
-                qkv, kv.k[i], kv.v[i], hidden, residual, w.input_norm[i], w.qkv[i], ids[:batch], ids[:batch],
-                w.cos_sin, dims.eps, dims.num_heads, dims.num_kv_heads, dims.head_dim, dims.block_size)),
-            "o": (w.o, lambda i: fused.linear_add(residual, hidden, attn, w.o[i])),
-            "gate_up": (w.gate_up, lambda i: fused.norm_gate_up(act, gate_up, hidden, residual,
-                                                                w.post_attention_norm[i], w.gate_up[i], dims.eps)),
-            "down": (w.down, lambda i: fused.linear_add(residual, hidden, act, w.down[i]))}
+        launches = layer_operations(fused, w, kv, dims, ids[:batch], *part)
         for name, (weight, launch) in launches.items():
             def all_layers(launch=launch):
                 for i in range(layers):
@@ -65,10 +72,11 @@ def measure_kernels(bench, rounds: int):
             times = graph_milliseconds(stream, all_layers, rounds)
             yield f"kernel: {name}, batch {batch} (us)", [1e3 * t / layers for t in times]
             yield f"kernel: {name}, batch {batch} (TB/s)", [weight.nbytes / t / 1e9 for t in times]
-        times = graph_milliseconds(stream, lambda: fused.norm_logits(
-            buf.logits[:batch], buf.last[:batch], residual, ids[:batch], w.final_norm, w.lm_head, dims.eps), rounds)
+        logits, last, rows = buf.logits[:batch], buf.last[:batch], ids[:batch]
+        times = graph_milliseconds(stream, lambda r=part[0], n=logits, h=last, i=rows: fused.norm_logits(
+            n, h, r, i, w.final_norm, w.lm_head, dims.eps), rounds)
         yield f"kernel: lm_head, batch {batch} (us)", [1e3 * t for t in times]
-        times = graph_milliseconds(stream, lambda: fused.argmax(ids[:batch], buf.logits[:batch]), rounds)
+        times = graph_milliseconds(stream, lambda i=rows, n=logits: fused.argmax(i, n), rounds)
         yield f"kernel: argmax, batch {batch} (us)", [1e3 * t for t in times]
         bench.backend.put(ids, 0, np.arange(256, dtype=np.int32))
 

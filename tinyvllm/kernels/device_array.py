@@ -17,7 +17,7 @@ __all__ = ["DeviceArray", "over_numba_arrays"]
 
 
 class DeviceArray:
-    """C-contiguous memory on the device. owner: what keeps the memory alive."""
+    """C-contiguous memory on the device. owner: what keeps the memory alive; of a part, the whole DeviceArray."""
 
     __slots__ = ("address", "shape", "dtype", "owner")
 
@@ -59,21 +59,23 @@ class DeviceArray:
     def __getitem__(self, index) -> "DeviceArray":
         """Along the first axis: a number, or a slice without a step."""
         length, rest = self.shape[0], self.shape[1:]
+        owner = self.owner if isinstance(self.owner, DeviceArray) else self
         pitch = math.prod(rest) * self.dtype.itemsize
         if isinstance(index, slice):
             start, stop, step = index.indices(length)
             if step != 1:
                 raise IndexError("a DeviceArray is sliced without a step")
-            return DeviceArray(self.address + start * pitch, (max(0, stop - start), *rest), self.dtype, self.owner)
+            return DeviceArray(self.address + start * pitch, (max(0, stop - start), *rest), self.dtype, owner)
         if not -length <= index < length:
             raise IndexError(f"index {index} is out of range for an axis of {length}")
-        return DeviceArray(self.address + index % length * pitch, rest, self.dtype, self.owner)
+        return DeviceArray(self.address + index % length * pitch, rest, self.dtype, owner)
 
     def reshape(self, *shape) -> "DeviceArray":
         shape = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
         if math.prod(shape) != self.size:
             raise ValueError(f"cannot reshape {self.shape} to {shape}")
-        return DeviceArray(self.address, tuple(shape), self.dtype, self.owner)
+        owner = self.owner if isinstance(self.owner, DeviceArray) else self
+        return DeviceArray(self.address, tuple(shape), self.dtype, owner)
 
     def numba(self):
         """The same memory as a numba device array; without elements, a host array."""

@@ -1,9 +1,13 @@
 """The fused operations on a GPU: which kernels each one launches, for how many rows.
 
-    up to 8 rows    gemm/few_rows.py does a product and its neighbours in one kernel
-    more            a norm kernel, a tensor-core product, and a kernel for what comes after it
+                    compute capability 9.0                                  8.0 and newer
+    up to 8 rows    gemm/few_rows.py: a product and its neighbours in one kernel
+    up to 256       a norm kernel, then gemm/skinny.py: a product and       a norm kernel, gemm/tensor_core.py, and a
+                    what comes after it                                     kernel for what comes after it
+    more            a norm kernel, then gemm/wgmma.py; the rotary           (the same)
+                    embedding has a kernel of its own
 
-Launches go to the driver directly, on one stream (kernels/driver.py). On compute capability 9 they are chained by
+Launches go to the driver directly, on one stream (kernels/driver.py). On compute capability 9.0 they are chained by
 programmatic dependent launch.
 """
 
@@ -21,7 +25,8 @@ from tinyvllm.kernels.attention.prefill_simple import num_tiles as prefill_tiles
 from tinyvllm.kernels.cuda_support import ceil_div, compute_capability, cuda, pointer
 from tinyvllm.kernels.driver import Stream
 from tinyvllm.kernels.fused import greedy, rope_write, rows
-from tinyvllm.kernels.gemm import few_rows, tensor_core
+from tinyvllm.kernels.fused.tensor_maps import TensorMaps
+from tinyvllm.kernels.gemm import few_rows, skinny, tensor_core, wgmma
 
 __all__ = ["FusedOperations", "can_run"]
 
@@ -38,11 +43,15 @@ def can_run(weights: Any, dims: Any) -> bool:
 
 
 class FusedOperations:
-    """Bound to one stream of the current device. `table` is for llama_fused.bind; arrays are DeviceArrays."""
+    """Bound to one stream of the current device. `table` is for llama_fused.bind; arrays are DeviceArrays.
 
-    def __init__(self, stream: Stream):
+    hopper: use what only compute capability 9.0 has (default: where the device is one).
+    """
+
+    def __init__(self, stream: Stream, hopper: bool | None = None):
         self.stream = stream
-        self.dependent = compute_capability()[0] == 9
+        self.hopper = self.dependent = compute_capability() == (9, 0) if hopper is None else hopper
+        self.maps = TensorMaps(stream)
         self.num_multiprocessors = cuda.get_current_device().MULTIPROCESSOR_COUNT
         self._scratch: dict[int, Any] = {}  # kept for good: graphs refer to them
         self.table: MappingProxyType[str, Callable] = MappingProxyType({
@@ -66,6 +75,10 @@ class FusedOperations:
                 v_cache.address), (num_heads, num_kv_heads, block_size, eps))
             return
         self._norm(hidden, residual, norm_weight, 0, eps)
+        if self.hopper and head_dim in (64, 128) and self._skinny(
+                "rope", qkv, hidden, weight, (positions.address, slots.address, cos_sin.address, k_cache.address,
+                                              v_cache.address), (num_heads, num_kv_heads, block_size), head_dim):
+            return
         self._linear(qkv, hidden, weight)
         self._run(rope_write.rope_write_kernel(head_dim, self.dependent), (qkv.shape[0], 1, 1), rope_write.THREADS, 0,
                   qkv.address, positions.address, slots.address, cos_sin.address, k_cache.address, v_cache.address,
@@ -104,6 +117,8 @@ class FusedOperations:
         if fused is not None:
             self._run_few_rows(fused, "add", residual, x, weight)
             return
+        if self._product("add", residual, x, weight):
+            return
         self._linear(hidden, x, weight)
         depth = hidden.shape[1]
         self._run(rows.add_rows_kernel(depth, self.dependent), (hidden.shape[0], rows.column_blocks(depth), 1),
@@ -116,6 +131,8 @@ class FusedOperations:
                                (0, 0, 0, eps))
             return
         self._norm(hidden, residual, norm_weight, 0, eps)
+        if self._product("silu", act, hidden, weight):
+            return
         self._linear(gate_up, hidden, weight)
         depth = act.shape[1]
         self._run(rows.gate_rows_kernel(depth, self.dependent), (act.shape[0], rows.column_blocks(depth), 1),
@@ -177,7 +194,36 @@ class FusedOperations:
         self._run(kernel, (out.shape[0], 1, 1), rows.THREADS, kernel.shared_bytes, out.address, x.address,
                   weight.address, row_numbers, eps)
 
+    def _product(self, after: str, out, x, weight) -> bool:
+        """A product and what comes after it, by the kernels of compute capability 9.0; False where they cannot."""
+        if not self.hopper or out.shape[1] % 8:
+            return False
+        return self._skinny(after, out, x, weight) or self._wgmma(after, out, x, weight)
+
+    def _skinny(self, after, out, x, weight, addresses=(0,) * 5, numbers=(0,) * 3, head_dim: int = 0) -> bool:
+        (num_rows, depth), num_outputs = x.shape, weight.shape[0]
+        if num_rows > skinny.MAX_ROWS:
+            return False
+        shape = skinny.choose_shape(num_rows, num_outputs, depth, head_dim, self.num_multiprocessors)
+        BM, BN, _, split, _ = shape
+        kernel = skinny.skinny_kernel(*shape, after, head_dim)
+        kernel.direct.launch((ceil_div(num_outputs, BM) * split, ceil_div(num_rows, BN), 1), kernel.threads,
+                             kernel.shared_bytes, self.stream,
+                             (self.maps.of(weight, kernel.box_rows), self.maps.of(x, BN), out.address, *addresses,
+                              num_rows, num_outputs, depth, *numbers), True, split)
+        return True
+
+    def _wgmma(self, after, out, x, weight) -> bool:
+        (num_rows, depth), num_outputs = x.shape, weight.shape[0]
+        kernel = wgmma.wgmma_kernel(wgmma.choose_width(num_rows, num_outputs, after, self.num_multiprocessors), after)
+        self._run(kernel, (self.num_multiprocessors, 1, 1), kernel.threads, kernel.shared_bytes,
+                  self.maps.of(x, wgmma.BM), self.maps.of(weight, kernel.box_rows), self.maps.of(out, 64), num_rows,
+                  num_outputs, depth)
+        return True
+
     def _linear(self, out, x, weight) -> None:
+        if self._product("plain", out, x, weight):
+            return
         (num_rows, depth), num_outputs = x.shape, weight.shape[0]
         tile = tensor_core.choose_tile(num_rows, num_outputs)
         kernel = tensor_core.tensor_core_kernel(*tile)

@@ -33,7 +33,7 @@ THREADS = 256
 @functools.cache
 def rope_write_kernel(D: int, DEPENDENT: bool = False):
     """The kernel for head_dim D, a multiple of 16."""
-    HALF, PIECES = D // 2, D // 16  # pieces: 8 pairs each
+    PIECES = D // 16  # of a head, 8 pairs each
 
     @kernel(signature=("uint64",) * 6 + ("int32",) * 3, max_threads=THREADS)
     def rope_write(qkv, positions, slots, cos_sin, k_cache, v_cache, num_heads, num_kv_heads, block_size):

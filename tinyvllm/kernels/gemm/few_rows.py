@@ -76,7 +76,7 @@ SIGNATURE = ("uint64",) * 10 + ("int32",) * 6 + ("float32",)
 @functools.cache
 def few_rows_kernel(ROWS: int, DEPTH: int, NORM: bool, AFTER: str, HEAD_DIM: int = 0, DEPENDENT: bool = False):
     """The kernel for up to ROWS rows (1, 2, 4 or 8) of DEPTH columns, a multiple of 8; HEAD_DIM: for "rope"."""
-    # Chunks under way: as many as registers hold, where they can be asked for ahead of time; else enough to hide latency.
+    # Chunks under way: all that registers hold where they are asked for ahead of time, else what hides latency.
     RING = min(4 if DEPENDENT else 2, ceil_div(DEPTH, CHUNK * WARPS))
     GROUPS = ceil_div(DEPTH, CHUNK * WARPS * RING)  # rounds of the ring a tile
     PADDED = GROUPS * RING * WARPS * CHUNK
@@ -90,7 +90,7 @@ def few_rows_kernel(ROWS: int, DEPTH: int, NORM: bool, AFTER: str, HEAD_DIM: int
     NORM_WEIGHT = SUMS + 2 * WARPS * 16 * 8 * 4
     SQUARES = NORM_WEIGHT + (2 * PADDED if NORM else 0)
     SHARED = SQUARES + (ROWS * PIECES * 4 if NORM else 0)
-    PAIRED, ROPE, SILU, ADD = AFTER in ("silu", "rope"), AFTER == "rope", AFTER == "silu", AFTER == "add"
+    ROPE, SILU, ADD = AFTER == "rope", AFTER == "silu", AFTER == "add"
     HALF = HEAD_DIM // 2
     TILES_A_HEAD = max(1, HEAD_DIM // 16)
 
