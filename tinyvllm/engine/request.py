@@ -29,9 +29,8 @@ class RequestStatus(enum.Enum):
     FINISHED_LENGTH_CAPPED = "length"
     FINISHED_ABORTED = "abort"
 
-    @property
-    def is_finished(self) -> bool:
-        return self.name.startswith("FINISHED_")
+    def __init__(self, value: str):
+        self.is_finished: bool = self._name_.startswith("FINISHED_")  # asked for every request several times a step
 
 
 class Request:

@@ -13,6 +13,7 @@ next time. What is captured is model/llama_fused.py itself; there is no second c
     inputs   | input_ids | positions | slot_mapping | seq_lens | block_tables |      int32, for one pair of buckets
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,7 @@ class DecodeGraphs:
         backend.put(self._indices, 0, np.arange(self.buckets[-1], dtype=np.int32))
         self._tokens = np.frombuffer(pinned_buffer(4 * self.buckets[-1]), np.int32)
         self._graphs: dict[tuple[int, int, bool], Any] = {}
+        self._under_way = False  # a step was begun and not waited for
         self._shape = (0, 0)  # the pair of buckets that the pinned buffer is laid out for
         self._rows: list[tuple[Any, int]] = []  # whose block table each row of it holds, and of how many blocks
 
@@ -58,9 +60,11 @@ class DecodeGraphs:
         return 0 < output.num_decodes == len(output.scheduled) <= self.buckets[-1] and all(
             scheduled.sample for scheduled in output.scheduled)
 
-    def run(self, output: SchedulerOutput) -> dict[str, int]:
-        """Compute the step; returns request_id -> token."""
+    def begin(self, output: SchedulerOutput) -> Callable[[], dict[str, int]]:
+        """Start the step; returns what waits for it and gives request_id -> token."""
         cuda.current_context()
+        if self._under_way:  # nobody waited for the step before: its copies may not have run
+            self.stream.synchronize()
         scheduled = output.scheduled
         count = len(scheduled)
         bucket = next(bucket for bucket in self.buckets if bucket >= count)
@@ -81,8 +85,14 @@ class DecodeGraphs:
             self._graphs[bucket, width, greedy] = captured.graph
         tokens = self.runner.token_ids if greedy else self.runner.sample(requests)
         self.stream.copy_to_host(self._tokens.ctypes.data, tokens.address, 4 * count)
-        self.stream.synchronize()
-        return {request.request_id: token for request, token in zip(requests, self._tokens[:count].tolist())}
+        self._under_way = True
+
+        def wait() -> dict[str, int]:
+            self.stream.synchronize()
+            self._under_way = False
+            return {request.request_id: token for request, token in zip(requests, self._tokens[:count].tolist())}
+
+        return wait
 
     # ---- details ----
 

@@ -1,5 +1,7 @@
 """Runs one scheduled step on a backend: build the batch, forward, sample. Only sampled token ids come back."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from tinyvllm.engine.scheduler import SchedulerOutput
@@ -34,19 +36,30 @@ class ModelRunner:
         self._sampling_device = {name: backend.empty((max_num_seqs,), dtype) for name, dtype in dtypes.items()}
         self.token_ids = backend.empty((max_num_seqs,), np.int32)  # what was sampled last, on the device
         self.max_num_seqs, self.max_blocks = max_num_seqs, max_blocks
+        if getattr(backend, "fused", None) is not None:
+            self.begin = self._begin  # launches return before the work is done: see LLMEngine.step
         self._graphs = backend.decode_graphs(self) if hasattr(backend, "decode_graphs") else None
 
     def execute(self, output: SchedulerOutput) -> dict[str, int]:
         """Compute a step; returns request_id -> token for every scheduled request with `sample`."""
+        return self._begin(output)()
+
+    def _begin(self, output: SchedulerOutput) -> Callable[[], dict[str, int]]:
+        """Start a step; returns what waits for it and gives execute's answer. One step at a time."""
         if self._graphs is not None and self._graphs.can_run(output):
-            return self._graphs.run(output)
+            return self._graphs.begin(output)
         batch = self.builder.build(output)
         self.backend.forward(self.weights, self.kv_cache, batch, self.buffers, self.dims)
         requests = [scheduled.request for scheduled in output.scheduled if scheduled.sample]
         if not requests:
-            return {}
-        tokens = self.backend.download(self.sample(requests)).tolist()
-        return {request.request_id: token for request, token in zip(requests, tokens)}
+            return dict
+        token_ids = self.sample(requests)
+
+        def wait() -> dict[str, int]:
+            tokens = self.backend.download(token_ids).tolist()
+            return {request.request_id: token for request, token in zip(requests, tokens)}
+
+        return wait
 
     def sample(self, requests):
         """The next tokens of requests whose logits are the first rows of the buffer, on the device."""
