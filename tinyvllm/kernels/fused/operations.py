@@ -31,6 +31,7 @@ from tinyvllm.kernels.gemm import few_rows, skinny, tensor_core, wgmma
 __all__ = ["FusedOperations", "can_run"]
 
 MOST_SHARED_BYTES = 160 * 1024  # few_rows keeps x in shared memory; beyond this it is left to the other kernels
+DECODE_STAGES = 3  # of decode attention: 55 KB of shared memory at head_dim 64, three blocks a multiprocessor
 NO_ADDRESSES = (0,) * 7
 
 
@@ -94,7 +95,7 @@ class FusedOperations:
             parts = 0
             if splits > 1:
                 parts = self._workspace(num_decodes * num_heads * splits * (head_dim + STATISTICS))
-            kernel = decode.decode_kernel(head_dim, self.dependent)
+            kernel = decode.decode_kernel(head_dim, self.dependent, DECODE_STAGES, block_size)
             self._run(kernel, (splits, num_kv_heads * ceil_div(group, 16), num_decodes), kernel.threads,
                       kernel.shared_bytes, out.address, parts, qkv.address, k_cache.address, v_cache.address,
                       block_tables.address, seq_lens.address, max_blocks, splits, scale, num_heads, num_kv_heads,
