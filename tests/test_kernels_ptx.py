@@ -71,7 +71,7 @@ POINTWISE = {"gather_rows": lambda d: rows.gather_rows_kernel(2048, d),
              **{f"rope_write_{n}": lambda d, n=n: rope_write.rope_write_kernel(n, d) for n in (32, 64, 80, 128)},
              "best_of_parts": lambda d: greedy.best_of_parts_kernel(d),
              "best_of_row": lambda d: greedy.best_of_row_kernel(d),
-             **{f"decode_{n}": lambda d, n=n: decode.decode_kernel(n, d, 3, 16) for n in (32, 64, 80, 128)},
+             **{f"decode_{n}": lambda d, n=n: decode.decode_kernel(n, d, 2, 16) for n in (32, 64, 80, 128)},
              "combine": lambda d: combine.combine_parts_kernel(64, 256, d)}
 FEW_ROWS = {f"few_rows_{n}_{depth}_{after}": lambda d, n=n, depth=depth, norm=norm, after=after, size=size:
             few_rows.few_rows_kernel(n, depth, norm, after, size, d)

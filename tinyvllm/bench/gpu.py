@@ -21,6 +21,7 @@ import numpy as np
 from tinyvllm import SamplingParams
 from tinyvllm.bench.cpu import LLAMA_3_2_1B
 from tinyvllm.bench.environment import describe_environment
+from tinyvllm.bench.gpu_kernels import graph_times, measure_kernels
 from tinyvllm.engine.llm_engine import LLMEngine
 from tinyvllm.kernels.cuda_support import cuda, require_cuda
 from tinyvllm.model.config import ModelConfig
@@ -88,8 +89,15 @@ class Bench:
 
     def decode(self, rounds):
         for batch in (1, 8, 32, 128, 256):
-            yield f"decode, batch {batch} (tokens/s)", self.median(
+            figures = self.median(
                 rounds, lambda b=batch: self.serve(self.prompts(b, 32), [128] * b)["decode_tokens_per_second"])
+            yield f"decode, batch {batch} (tokens/s)", figures
+            graph = getattr(self.runner, "_graphs", None) and self.runner._graphs.last_graph
+            if graph:  # the last step again, by itself: how much of a step's time the GPU works
+                times = graph_times(self.backend.fused.stream, graph, rounds)
+                yield f"GPU step, batch {batch} (us)", [1e3 * t for t in times]
+                step = 1e3 * batch / statistics.median(figures)
+                yield f"GPU busy, batch {batch} (%)", [100 * t / step for t in times]
 
     def ttft(self, rounds):
         for length in (32, 512):
@@ -129,8 +137,6 @@ class Bench:
         yield "prefill, 16 x 1024 (TFLOP/s)", self.median(rounds, measure)
 
     def kernels(self, rounds):
-        from tinyvllm.bench.gpu_kernels import measure_kernels
-
         yield from measure_kernels(self, rounds)
 
 

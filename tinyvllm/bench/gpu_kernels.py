@@ -6,8 +6,6 @@ import numpy as np
 
 from tinyvllm.kernels.driver import Event, check, driver
 
-LAUNCHES = 4  # a layer and graph
-
 
 def graph_milliseconds(stream, launch, rounds: int) -> list[float]:
     """Of one replay of what `launch` launches."""
@@ -15,12 +13,17 @@ def graph_milliseconds(stream, launch, rounds: int) -> list[float]:
     stream.synchronize()
     with stream.capture() as captured:
         launch()
-    captured.graph.launch(stream)
+    return graph_times(stream, captured.graph, rounds)
+
+
+def graph_times(stream, graph, rounds: int) -> list[float]:
+    """Milliseconds of each of `rounds` replays."""
+    graph.launch(stream)
     times = []
     for _ in range(rounds):
         before, after = Event(), Event()
         before.record(stream)
-        captured.graph.launch(stream)
+        graph.launch(stream)
         after.record(stream)
         times.append(after.milliseconds_since(before))
     return times
@@ -79,7 +82,12 @@ def measure_kernels(bench, rounds: int):
         times = graph_milliseconds(stream, lambda i=rows, n=logits: fused.argmax(i, n), rounds)
         yield f"kernel: argmax, batch {batch} (us)", [1e3 * t for t in times]
         bench.backend.put(ids, 0, np.arange(256, dtype=np.int32))
+    yield from measure_attention(bench, rounds)
 
+
+def measure_attention(bench, rounds: int):
+    """As measure_kernels, of decode attention alone: bytes of keys and values."""
+    fused, buf, dims, kv = bench.backend.fused, bench.runner.buffers, bench.runner.dims, bench.runner.kv_cache
     for batch, context in ((1, 128), (8, 256), (64, 4096), (256, 256)):
         width = context // dims.block_size
         tables = bench.backend.empty((batch * width,), np.int32)
@@ -89,12 +97,12 @@ def measure_kernels(bench, rounds: int):
         bench.backend.put(lens, 0, np.full(batch, context, np.int32))
 
         def attend(batch=batch, width=width, tables=tables, lens=lens):
-            for i in range(layers):
+            for i in range(dims.num_layers):
                 fused.attention(buf.attn[:batch], buf.qkv[:batch], kv.k[i], kv.v[i], tables.reshape(batch, width), lens,
-                                ids, batch, dims.scale, dims.num_heads, dims.num_kv_heads, dims.head_dim,
+                                lens, batch, dims.scale, dims.num_heads, dims.num_kv_heads, dims.head_dim,
                                 dims.block_size)
 
-        times = graph_milliseconds(stream, attend, rounds)
-        bytes_read = 4 * batch * context * dims.num_kv_heads * dims.head_dim * layers
-        yield f"kernel: decode attention, {batch} x {context} (us)", [1e3 * t / layers for t in times]
+        times = graph_milliseconds(fused.stream, attend, rounds)
+        bytes_read = 4 * batch * context * dims.num_kv_heads * dims.head_dim * dims.num_layers
+        yield f"kernel: decode attention, {batch} x {context} (us)", [1e3 * t / dims.num_layers for t in times]
         yield f"kernel: decode attention, {batch} x {context} (TB/s)", [bytes_read / t / 1e9 for t in times]

@@ -199,6 +199,8 @@ class LLMEngine:
         if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Iterable):
             raise _not_a_prompt(prompt)
         token_ids = list(prompt)
+        if set(map(type, token_ids)) == {int}:
+            return text, token_ids
         if not all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in token_ids):
             raise _not_a_prompt(prompt if isinstance(prompt, Sequence) else token_ids)
         return text, [int(i) for i in token_ids]
@@ -264,11 +266,11 @@ class LLMEngine:
         metrics = request.metrics
         if metrics.first_token_time is None and request.num_output_tokens:
             metrics.first_token_time = now
-        output_ids = request.output_token_ids
-        new_ids = output_ids[request.num_emitted_tokens:]
+        num_prompt, num_tokens = request.num_prompt_tokens, request.num_tokens
+        new_ids = request.token_ids[num_prompt + request.num_emitted_tokens:]
         detokenizer = self._detokenizers.get(request.request_id)
         new_text = "" if detokenizer is None else self._new_text(request, detokenizer, new_ids)
-        request.num_emitted_tokens = len(output_ids)
+        request.num_emitted_tokens = num_tokens - num_prompt
         if self.events is not None:
             for i, token_id in enumerate(new_ids, start=1):
                 self.events.emit("token", request.request_id, token_id, new_text if i == len(new_ids) else "")
@@ -277,10 +279,10 @@ class LLMEngine:
             metrics.finished_time = now
             self._forget(request)
         text = "" if detokenizer is None else detokenizer.text
-        completion = CompletionOutput(0, text, output_ids, request.finish_reason, request.stop_reason,
-                                      new_text)
+        completion = CompletionOutput(0, text, (request.token_ids, num_prompt, num_tokens), request.finish_reason,
+                                      request.stop_reason, new_text)
         self._pending.append(RequestOutput(
-            request.request_id, request.prompt, request.token_ids[:request.num_prompt_tokens], [completion],
+            request.request_id, request.prompt, (request.token_ids, 0, num_prompt), [completion],
             request.status.is_finished, RequestMetrics(**vars(metrics)), metrics.num_cached_tokens))
 
     @staticmethod

@@ -133,7 +133,8 @@ class kernel:
             from tinyvllm.kernels.driver import CompiledKernel
 
             numba_kernel = next(iter(self.compiled.overloads.values()))
-            self._direct = CompiledKernel(int(numba_kernel._codelibrary.get_cufunc().handle), self._signature)
+            self._direct = CompiledKernel(int(numba_kernel._codelibrary.get_cufunc().handle), self._signature,
+                                          getattr(self, "shared_percent", None))
         return self._direct
 
     def numba_signature(self):

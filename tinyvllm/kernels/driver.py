@@ -28,7 +28,7 @@ __all__ = ["Stream", "Graph", "CompiledKernel", "launch", "check", "driver", "pi
            "Event"]
 
 _PROGRAMMATIC_STREAM_SERIALIZATION, _CLUSTER_DIMENSION = 6, 4  # CUlaunchAttributeID
-_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
+_MAX_DYNAMIC_SHARED_SIZE_BYTES, _PREFERRED_SHARED_MEMORY_CARVEOUT = 8, 9  # CUfunction_attribute
 _CAPTURE_RELAXED = 2  # CUstreamCaptureMode
 _FORMATS = {"uint64": "Q", "int64": "q", "int32": "i4x", "uint32": "I4x", "float32": "f4x"}  # 8 bytes an argument
 PLAIN_SHARED_BYTES = 48 * 1024  # more has to be asked for
@@ -139,12 +139,17 @@ class CompiledKernel:
     """A kernel on the device, with its argument buffer laid out once; `launch` fills and fires it.
 
     handle: its CUkernel; argument_types: names as in cuda_support.kernel. Not for two threads at once.
+    shared_percent: how much of a multiprocessor's fast memory should be shared memory, the rest being cache; None
+    leaves it to the driver.
     """
 
-    def __init__(self, handle: int, argument_types: tuple[str, ...]):
+    def __init__(self, handle: int, argument_types: tuple[str, ...], shared_percent: int | None = None):
         function = c_void_p()
         check(driver().cuKernelGetFunction(byref(function), c_void_p(handle)), "looking up a kernel")
         self.function = function
+        if shared_percent is not None:
+            check(driver().cuFuncSetAttribute(function, c_int(_PREFERRED_SHARED_MEMORY_CARVEOUT),
+                                              c_int(shared_percent)), "dividing shared memory and cache")
         self._pack = struct.Struct("=" + "".join(_FORMATS[name] for name in argument_types)).pack_into
         self._arguments = (c_char * max(8, 8 * len(argument_types)))()
         start = ctypes.addressof(self._arguments)

@@ -52,6 +52,7 @@ class DecodeGraphs:
         backend.put(self._indices, 0, np.arange(self.buckets[-1], dtype=np.int32))
         self._tokens = np.frombuffer(pinned_buffer(4 * self.buckets[-1]), np.int32)
         self._graphs: dict[tuple[int, int, bool], Any] = {}
+        self.last_graph = None  # that was replayed, for measurements
         self._under_way = False  # a step was begun and not waited for
         self._shape = (0, 0)  # the pair of buckets that the pinned buffer is laid out for
         self._rows: list[tuple[Any, int]] = []  # whose block table each row of it holds, and of how many blocks
@@ -77,6 +78,7 @@ class DecodeGraphs:
         graph = self._graphs.get((bucket, width, greedy))
         if graph is not None:
             graph.launch(self.stream)
+            self.last_graph = graph
         else:
             batch = self._batch(bucket, width)
             self._launch(batch, greedy)

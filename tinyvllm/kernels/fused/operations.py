@@ -1,7 +1,8 @@
 """The fused operations on a GPU: which kernels each one launches, for how many rows.
 
                     compute capability 9.0                                  8.0 and newer
-    up to 8 rows    gemm/few_rows.py: a product and its neighbours in one kernel
+    up to 4 rows    gemm/few_rows.py: a product and its neighbours in     (up to 8 rows the same)
+                    one kernel
     up to 256       a norm kernel, then gemm/skinny.py: a product and       a norm kernel, gemm/tensor_core.py, and a
                     what comes after it                                     kernel for what comes after it
     more            a norm kernel, then gemm/wgmma.py; the rotary           (the same)
@@ -31,7 +32,8 @@ from tinyvllm.kernels.gemm import few_rows, skinny, tensor_core, wgmma
 __all__ = ["FusedOperations", "can_run"]
 
 MOST_SHARED_BYTES = 160 * 1024  # few_rows keeps x in shared memory; beyond this it is left to the other kernels
-DECODE_STAGES = 3  # of decode attention: 55 KB of shared memory at head_dim 64, three blocks a multiprocessor
+DECODE_STAGES = 2  # of decode attention; with 3 or 4 fewer blocks fit on a multiprocessor, for the same bandwidth
+FEW_ROWS_HOPPER = 4  # from here on wgmma is faster: at 8 rows a step takes 894 us by skinny.py, 937 by few_rows.py
 NO_ADDRESSES = (0,) * 7
 
 
@@ -177,7 +179,7 @@ class FusedOperations:
     def _few_rows(self, x, norm: bool, after: str, head_dim: int = 0):
         """The kernel for a few rows, or None if there are too many, or too wide ones."""
         num_rows, depth = x.shape
-        if num_rows > few_rows.MAX_ROWS:
+        if num_rows > (FEW_ROWS_HOPPER if self.hopper else few_rows.MAX_ROWS):
             return None
         bucket = 1 << (num_rows - 1).bit_length()
         kernel = few_rows.few_rows_kernel(bucket, depth, norm, after, head_dim, self.dependent)

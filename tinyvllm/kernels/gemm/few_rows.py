@@ -66,6 +66,9 @@ __all__ = ["few_rows_kernel", "MAX_ROWS", "PIECE"]
 MAX_ROWS = 8
 WARPS = 8
 THREADS = 32 * WARPS
+# Loads under way are kept in the first-level cache until they arrive, so it has to be large. On an H200 a step of
+# Llama 3.2 1B takes 728 us with 25% of that memory shared, 796 with 10%, 1057 with 100%.
+SHARED_PERCENT = {1: 25, 2: 33, 4: 50}
 CHUNK = 64  # columns of a warp's step: two 16-byte loads a lane and row
 PIECE = 256  # columns of one partial sum of squares: 32 lanes of 8
 LOG2_E = 1.4426950408889634
@@ -286,6 +289,7 @@ def few_rows_kernel(ROWS: int, DEPTH: int, NORM: bool, AFTER: str, HEAD_DIM: int
             tile = next_tile
 
     few_rows.threads, few_rows.shared_bytes = THREADS, SHARED
+    few_rows.shared_percent = SHARED_PERCENT.get(ROWS)
     return few_rows
 
 
