@@ -86,9 +86,10 @@ def decode_kernel(D: int, DEPENDENT: bool = False, STAGES: int = 2, BLOCK: int =
     LN_2 = 1 / LOG2_E
     wait_for_oldest, wait_for_all = cp_async_wait[STAGES - 1], cp_async_wait[0]
     ALIGNED = BLOCK > 0 and BLOCK % 16 == 0
+    MIN_BLOCKS = 6 if DEPENDENT and ALIGNED and D <= 64 and STAGES == 2 else 1
 
     # As many blocks a multiprocessor as shared memory holds: while some begin or end, the others keep memory busy.
-    @kernel(signature=SIGNATURE, max_threads=32 * WARPS, min_blocks=6 if ALIGNED and D <= 64 and STAGES == 2 else 1)
+    @kernel(signature=SIGNATURE, max_threads=32 * WARPS, min_blocks=MIN_BLOCKS)
     def decode(out, parts, qkv, k_cache, v_cache, block_tables, seq_lens, max_blocks, num_splits, scale,
                num_heads, num_kv_heads, block_size):
         """scale: of the scores, times log2(e). Block y: a key head, and 16 of the query heads that share
