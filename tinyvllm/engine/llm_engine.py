@@ -249,7 +249,8 @@ class LLMEngine:
         self.last_step_tokens = batch.total_num_scheduled_tokens
         for scheduled in batch.scheduled:
             prompt_left = scheduled.request.num_prompt_tokens - scheduled.start
-            self.num_prompt_tokens += max(0, min(prompt_left, scheduled.num_scheduled_tokens))
+            if prompt_left > 0:
+                self.num_prompt_tokens += min(prompt_left, scheduled.num_scheduled_tokens)
             self.num_output_tokens += scheduled.sample
 
     def _emit_new_tokens(self, urgent_only: bool = False) -> None:

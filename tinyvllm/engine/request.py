@@ -89,7 +89,7 @@ class Request:
         elif token_id in self.stop_ids:
             self.status = RequestStatus.FINISHED_STOPPED
             self.stop_reason = token_id
-        elif self.num_tokens >= self.max_len:
+        elif len(self.token_ids) >= self.max_len:
             self.status = RequestStatus.FINISHED_LENGTH_CAPPED
 
     def __repr__(self) -> str:

@@ -31,8 +31,8 @@ WARPS = 4  # a block
 
 
 @functools.cache
-def combine_parts_kernel(D: int, SPLIT: int, DEPENDENT: bool = False):
-    """The kernel for head_dim D and parts of SPLIT keys."""
+def combine_parts_kernel(D: int, SPLIT: int, DEPENDENT: bool = False, SHARED_PERCENT: int | None = None):
+    """The kernel for head_dim D and parts of SPLIT keys; SHARED_PERCENT: as in decode.py."""
     COLUMNS = ceil_div(D, 32)
     PART = D + STATISTICS
 
@@ -70,4 +70,5 @@ def combine_parts_kernel(D: int, SPLIT: int, DEPENDENT: bool = False):
                 store_u16(out + (np.uint64(row) * np.uint64(D) + np.uint64(lane + c * 32)) * np.uint64(2),
                           narrow_cuda(total[c] / denominator))
 
+    combine_parts.shared_percent = SHARED_PERCENT
     return combine_parts

@@ -65,11 +65,13 @@ SIGNATURE = ("uint64",) * 7 + ("int32", "int32", "float32", "int32", "int32", "i
 
 
 @functools.cache
-def decode_kernel(D: int, DEPENDENT: bool = False, STAGES: int = 2, BLOCK: int = 0):
+def decode_kernel(D: int, DEPENDENT: bool = False, STAGES: int = 2, BLOCK: int = 0,
+                  SHARED_PERCENT: int | None = None):
     """The kernel for head_dim D (a constant in it).
 
     STAGES: tiles in shared memory, all but one on their way. BLOCK: the cache's block_size where it is known; if it is
     a multiple of 16, a warp's keys lie in one block, and one look into the block table does for all of them.
+    SHARED_PERCENT: the division of fast memory that the kernels around it use (few_rows.py), if they have one.
     DEPENDENT: takes part in programmatic dependent launch. Keys before the newest one are those of earlier steps, so
     their copies begin before the kernel that writes the newest one has ended.
     """
@@ -86,7 +88,7 @@ def decode_kernel(D: int, DEPENDENT: bool = False, STAGES: int = 2, BLOCK: int =
     LN_2 = 1 / LOG2_E
     wait_for_oldest, wait_for_all = cp_async_wait[STAGES - 1], cp_async_wait[0]
     ALIGNED = BLOCK > 0 and BLOCK % 16 == 0
-    MIN_BLOCKS = 6 if DEPENDENT and ALIGNED and D <= 64 and STAGES == 2 else 1
+    MIN_BLOCKS = 6 if DEPENDENT and ALIGNED and D <= 64 and STAGES == 2 and SHARED_PERCENT is None else 1
 
     # As many blocks a multiprocessor as shared memory holds: while some begin or end, the others keep memory busy.
     @kernel(signature=SIGNATURE, max_threads=32 * WARPS, min_blocks=MIN_BLOCKS)
@@ -270,6 +272,7 @@ def decode_kernel(D: int, DEPENDENT: bool = False, STAGES: int = 2, BLOCK: int =
             index += np.int32(32 * WARPS)
 
     decode.threads = 32 * WARPS
+    decode.shared_percent = SHARED_PERCENT
     decode.shared_bytes = max(STAGES * STAGE, WARPS * 16 * PART * 4)
     return decode
 

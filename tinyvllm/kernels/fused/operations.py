@@ -45,6 +45,11 @@ def can_run(weights: Any, dims: Any) -> bool:
             and prefill.tensor_core_can_run(dims.num_heads, dims.num_kv_heads, dims.head_dim))
 
 
+def _bucket(num_rows: int) -> int:
+    """1, 2, 4 or 8: what few_rows.py is made for."""
+    return 1 << (num_rows - 1).bit_length()
+
+
 class FusedOperations:
     """Bound to one stream of the current device. `table` is for llama_fused.bind; arrays are DeviceArrays.
 
@@ -93,18 +98,21 @@ class FusedOperations:
         group = num_heads // num_kv_heads
         scale = scale * prefill.LOG2_E
         if num_decodes:
+            # Fast memory divided as the kernels before and after divide it: a change would hold up all three.
+            few = self.hopper and out.shape[0] <= FEW_ROWS_HOPPER
+            shared_percent = few_rows.SHARED_PERCENT[_bucket(out.shape[0])] if few else None
             splits = ceil_div(max_blocks * block_size, decode.SPLIT)
             parts = 0
             if splits > 1:
                 parts = self._workspace(num_decodes * num_heads * splits * (head_dim + STATISTICS))
-            kernel = decode.decode_kernel(head_dim, self.dependent, DECODE_STAGES, block_size)
+            kernel = decode.decode_kernel(head_dim, self.dependent, DECODE_STAGES, block_size, shared_percent)
             self._run(kernel, (splits, num_kv_heads * ceil_div(group, 16), num_decodes), kernel.threads,
                       kernel.shared_bytes, out.address, parts, qkv.address, k_cache.address, v_cache.address,
                       block_tables.address, seq_lens.address, max_blocks, splits, scale, num_heads, num_kv_heads,
                       block_size)
             if splits > 1:
                 num_rows = num_decodes * num_heads
-                self._run(combine_parts_kernel(head_dim, decode.SPLIT, self.dependent),
+                self._run(combine_parts_kernel(head_dim, decode.SPLIT, self.dependent, shared_percent),
                           (ceil_div(num_rows, COMBINE_WARPS), 1, 1), 32 * COMBINE_WARPS, 0, out.address, parts,
                           seq_lens.address, splits, num_heads, num_rows)
         if num_decodes < num_requests:
@@ -181,8 +189,7 @@ class FusedOperations:
         num_rows, depth = x.shape
         if num_rows > (FEW_ROWS_HOPPER if self.hopper else few_rows.MAX_ROWS):
             return None
-        bucket = 1 << (num_rows - 1).bit_length()
-        kernel = few_rows.few_rows_kernel(bucket, depth, norm, after, head_dim, self.dependent)
+        kernel = few_rows.few_rows_kernel(_bucket(num_rows), depth, norm, after, head_dim, self.dependent)
         return kernel if kernel.shared_bytes <= MOST_SHARED_BYTES else None
 
     def _run_few_rows(self, kernel, after, out, x, weight, addresses=NO_ADDRESSES, numbers=(0, 0, 0, 0.0),
