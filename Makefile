@@ -48,7 +48,7 @@ bench: $(VENV)/.base
 	$(BIN)/python -m tinyvllm.bench.cpu
 
 gpu-bench: $(VENV)/.cuda
-	$(BIN)/python -m tinyvllm.bench.gpu --json tinyvllm/bench/results/gpu.json
+	$(BIN)/python -m tinyvllm.bench.gpu --json tinyvllm/bench/results/gpu_llama_1b.json
 
 gpu-test: $(VENV)/.cuda
 	$(BIN)/python -m pytest -m gpu tests/gpu

@@ -48,7 +48,7 @@ class CUDABackend:
         fused_forward, eager_forward, eager_argmax = llama_fused.bind(fused.table), self.eager_forward, self.argmax
 
         def forward(w, kv, batch, buf, dims):
-            cuda.current_context()  # also in a thread that has not used the GPU yet
+            cuda.current_context()
             (fused_forward if can_run(w, dims) else eager_forward)(w, kv, batch, buf, dims)
 
         def argmax(ids, logits):
@@ -108,6 +108,7 @@ class CUDABackend:
 
     def upload(self, destination, host):
         view = destination[:host.size]
+        cuda.current_context()  # a step may run in a thread that has not used the GPU yet
         if self.fused is None:
             view.copy_to_device(host.reshape(-1))
         elif host.size:

@@ -36,6 +36,7 @@ class ModelRunner:
         self._sampling_device = {name: backend.empty((max_num_seqs,), dtype) for name, dtype in dtypes.items()}
         self.token_ids = backend.empty((max_num_seqs,), np.int32)  # what was sampled last, on the device
         self.max_num_seqs, self.max_blocks = max_num_seqs, max_blocks
+        self.eager = False  # set it for steps between whose operations somebody wants to look (watching, profiling)
         if getattr(backend, "fused", None) is not None:
             self.begin = self._begin  # launches return before the work is done: see LLMEngine.step
         self._graphs = backend.decode_graphs(self) if hasattr(backend, "decode_graphs") else None
@@ -46,10 +47,11 @@ class ModelRunner:
 
     def _begin(self, output: SchedulerOutput) -> Callable[[], dict[str, int]]:
         """Start a step; returns what waits for it and gives execute's answer. One step at a time."""
-        if self._graphs is not None and self._graphs.can_run(output):
+        if self._graphs is not None and not self.eager and self._graphs.can_run(output):
             return self._graphs.begin(output)
         batch = self.builder.build(output)
-        self.backend.forward(self.weights, self.kv_cache, batch, self.buffers, self.dims)
+        forward = getattr(self.backend, "eager_forward", self.backend.forward) if self.eager else self.backend.forward
+        forward(self.weights, self.kv_cache, batch, self.buffers, self.dims)
         requests = [scheduled.request for scheduled in output.scheduled if scheduled.sample]
         if not requests:
             return dict
