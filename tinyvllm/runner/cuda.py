@@ -4,7 +4,7 @@ import numpy as np
 
 from tinyvllm.errors import OutOfDeviceMemoryError
 from tinyvllm.kernels import cuda_backend
-from tinyvllm.kernels.cuda_support import cuda, require_cuda
+from tinyvllm.kernels.cuda_support import cuda, require_cuda, simulated
 from tinyvllm.kernels.device_array import DeviceArray, over_numba_arrays
 from tinyvllm.model import llama
 from tinyvllm.units import format_bytes
@@ -28,7 +28,7 @@ class CUDABackend:
         require_cuda()
         operations = cuda_backend.chosen_operations()
         self.fused = None  # the fused operations, if this backend has them; then arrays are DeviceArrays
-        if enforce_eager or cuda_backend.linear_was_chosen():
+        if enforce_eager or simulated() or cuda_backend.linear_was_chosen():
             self._bind(operations)
         else:
             self._bind({name: over_numba_arrays(operation) for name, operation in operations.items()})
