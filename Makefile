@@ -34,13 +34,18 @@ $(VENV)/.cuda: pyproject.toml $(VENV)/.test
 	$(PIP) -e '.[cuda,test]'
 	@touch $@
 
+# The browser tests need a Chromium: one that is there is taken, else one is installed.
+$(VENV)/.browser: $(VENV)/.test tests/browser/chromium.py
+	$(BIN)/python -m tests.browser.chromium
+	@touch $@
+
 demo: $(VENV)/.base
 	$(BIN)/python -m tinyvllm demo
 
 lab: $(VENV)/.base
 	$(BIN)/jupyter lab $(LAB_ARGS) notebooks/00_start_here.ipynb
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/.browser
 	$(BIN)/python -m pytest -m "not gpu"
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=120 notebooks
 

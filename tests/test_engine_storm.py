@@ -1,4 +1,4 @@
-"""Random storms of add / step / abort / failing steps on tiny pools: no leak, no deadlock, no starvation, exact text."""
+"""Random storms of add, step, abort, failing steps on tiny pools: no leak, no deadlock, no starvation, exact text."""
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -55,6 +55,14 @@ class Storm(RuleBasedStateMachine):
             name = data.draw(st.sampled_from(alive))
             self.aborted.add(name)
             self.engine.abort(name)
+
+    @rule()
+    def tell_again(self):
+        since, late = self.log.next_seq, EngineState()
+        self.engine.listen(self.log)
+        for event in self.log.read(since)[0]:
+            late.apply(event)
+        assert_state_equals_engine(late, self.engine)
 
     @invariant()
     def the_books_balance(self):

@@ -80,7 +80,8 @@ import numpy as np
 from tinyvllm.kernels.jit import cpu_helper, cpu_jit
 from tinyvllm.model import llama
 
-counts = dict(embedding=3, rms_norm=4, add_rms_norm=5, linear=4, rope=6, write_kv=8, attention=13, silu_mul=2)
+counts = dict(embedding=3, rms_norm=4, add_rms_norm=5, linear=4, rope=6, write_kv=8, attention=13, silu_mul=2,
+              keep_rows=4)
 ops = {name: cpu_helper(eval("lambda " + ", ".join("abcdefghijklm"[:count]) + ": None"))
        for name, count in counts.items()}
 

@@ -18,8 +18,22 @@ cuda_core = pytest.importorskip("cuda.core")
 from numba import cuda  # noqa: E402
 from numba.cuda import types  # noqa: E402
 
-from tinyvllm.kernels import argmax, embedding, kv_cache, residual_add, rms_norm, rope, sampling, silu_mul, softmax  # noqa: E402  # noqa: E402
-from tinyvllm.kernels.attention import combine, decode, decode_simple, prefill, prefill_simple  # noqa: E402
+from tinyvllm.kernels import (  # noqa: E402
+    argmax,
+    embedding,
+    keep_rows,
+    kv_cache,
+    residual_add,
+    rms_norm,
+    roofs,
+    rope,
+    sampling,
+    silu_mul,
+    softmax,
+    spin,
+)
+from tinyvllm.kernels.attention import combine, decode, decode_simple, pool, prefill, prefill_simple  # noqa: E402
+from tinyvllm.kernels.attention import rows as attention_rows  # noqa: E402
 from tinyvllm.kernels.fused import greedy, rope_write, rows  # noqa: E402
 from tinyvllm.kernels.gemm import cublas, few_rows, gemv, naive, skinny, tensor_core, tiled, wgmma  # noqa: E402
 
@@ -27,9 +41,10 @@ CAPABILITIES = [(8, 0), (9, 0)]
 
 
 def arrays(text):
-    """Argument types from a short text: u2 = uint16 [., .], i1 = int32 [.], f1, ...; lower-case words are
+    """Argument types from a short text: u2 = uint16 [., .], i1 = int32 [.], b1 = uint8 [.], ...; lower-case words are
     scalars."""
-    kinds = {"u": types.uint16, "i": types.int32, "f": types.float32, "d": types.uint64, "l": types.int64}
+    kinds = {"b": types.uint8, "u": types.uint16, "i": types.int32, "f": types.float32, "d": types.uint64,
+             "l": types.int64}
     scalars = {"int": types.int64, "float": types.float32}
     return [scalars[word] if word in scalars else types.Array(kinds[word[0]], int(word[1]), "C")
             for word in text.split()]
@@ -54,6 +69,9 @@ LESSON = {"gather": (embedding._gather_kernel, "u2 u2 i1"),
                              "u2 u2 u4 u4 i2 i1 i1 int float int int int int"),
           "decode_simple": (decode_simple._decode_simple_kernel,
                             "f1 u2 u4 u4 i2 i1 int float int int int int"),
+          "keep_rows": (keep_rows._keep_rows_kernel, "u3 int u2 i1"),
+          "attention_rows": (attention_rows._attention_rows_kernel, "f4 f4 u3 u5 i1 i1 i1 i1 float"),
+          "pool_uint8": (pool._pool_uint8_kernel, "b2 f2"),
           "combine": (decode_simple.combine_kernel, "u2 f1 i1 int int int int int"),}
 
 TENSOR_CORE = {**{f"gemm_{tile[0]}x{tile[1]}": lambda tile=tile: tensor_core.tensor_core_kernel(*tile)
@@ -161,6 +179,17 @@ def test_hopper_kernels_keep_their_sums_in_registers(name):
     assert "wgmma.mma_async.sync.aligned.m64n" in ptx and "cp.async.bulk.tensor.2d.shared::cluster" in ptx
     if name.startswith("skinny"):
         assert ptx.index("cp.async.bulk.tensor") < ptx.index("griddepcontrol.wait"), "weights are asked for before it"
+
+
+def test_the_measuring_kernels_do_nothing_but_what_they_measure():
+    """Reading in 16 bytes, multiplying in registers, watching the clock; nothing is optimised away."""
+    for kernel, instruction, count in (
+            (roofs.read_kernel, "ld.global.nc.L1::no_allocate.L2::128B.v4.b32", roofs.UNROLL),
+            (roofs.multiply_kernel, "mma.sync.aligned.m16n8k16", roofs.TILES_A_WARP),
+            (spin._spin_kernel, "%globaltimer", 2)):
+        ptx, _, spills, stack = assemble(kernel, kernel.numba_signature(), CAPABILITIES[0])
+        assert spills == 0 and stack == 0 and ".local" not in ptx
+        assert ptx.count(instruction) >= count
 
 
 def test_a_kernel_reads_shared_memory_by_ldmatrix_only_where_banks_cannot_collide():

@@ -144,6 +144,40 @@ def check_attention_decode_and_prefill(rng):
 
 
 @check
+def check_rows_kept_for_the_probe(rng):
+    import numpy as np
+
+    from tests.kernel_cases import poisoned, random_bf16
+    from tinyvllm.kernels import keep_rows as m
+
+    for positions in ([], [-1, 3, 4, 0]):
+        same(m.keep_rows_cuda, m.keep_rows_numpy, poisoned(2, 9, 40), 1, random_bf16(rng, 4, 50),
+             np.array(positions, np.int32))
+
+
+@check
+def check_attention_rows_and_their_bytes(rng):
+    import numpy as np
+
+    from tests.test_probe_kernels import rows_case
+    from tinyvllm.kernels.attention import pool, rows
+
+    queries, k_cache, table = rows_case(rng, 4, 2, 6, 4, 45)
+    arguments = (queries, k_cache, table, np.array([1, 0], np.int32), np.array([3, 1], np.int32),
+                 np.array([0, 44, 17], np.int32), 6**-0.5)
+    outs = np.full((2, 2, 3, 45), np.nan, np.float32), np.full((2, 2, 3, 2), np.nan, np.float32)
+    expected = [x.copy() for x in outs]
+    rows.attention_rows_numpy(*expected, *arguments)
+    got = run(rows.attention_rows_cuda, outs, *arguments)
+    for ours, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-12)
+    weights = got[0].reshape(12, 45)
+    weights[3, 20] = np.nan
+    for width in (45, 7):
+        same(pool.pool_uint8_cuda, pool.pool_uint8_numpy, np.zeros((12, width), np.uint8), weights)
+
+
+@check
 def check_a_whole_forward_pass(rng):
     from numba import cuda
 

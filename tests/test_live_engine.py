@@ -208,3 +208,128 @@ def test_closed_engines_say_so(make_llm):
     with pytest.raises(TinyVLLMError, match="closed: make a new one"):
         live.add("The river", SHORT)
     assert live.state == "closed" and live.llm.generate("The river", SHORT)
+
+
+def test_looks_between_steps_always_get_an_answer(make_llm):
+    with LiveEngine(make_llm()) as live:
+        live.add("The river", LONG)
+        until(lambda: live.stats.num_output_tokens > 3)
+        steps = live.between_steps(lambda llm, more: llm.engine.num_steps + more, 1000).result(timeout=5)
+        assert steps > 1003
+        with pytest.raises(ZeroDivisionError):
+            live.between_steps(lambda llm: 1 / 0).result(timeout=5)
+        assert live.error is None
+        cancelled = live.between_steps(time.sleep, 0)
+        cancelled.cancel()
+        slow = live.between_steps(lambda llm: time.sleep(0.2))  # the thread ends in it
+        until(slow.running)
+        late = [live.between_steps(lambda llm: 1) for _ in range(3)]
+        live.close()
+        late.append(live.between_steps(lambda llm: 1))
+    assert slow.result(timeout=5) is None
+    for future in late:
+        try:
+            assert future.result(timeout=5) == 1
+        except TinyVLLMError as error:
+            assert "this LiveEngine is closed: make a new one" in str(error)
+    with pytest.raises(TinyVLLMError, match="this LiveEngine is closed"):
+        late[-1].result()
+
+
+def test_who_asks_during_the_last_step_is_not_left_waiting(make_llm):
+    live = LiveEngine(make_llm())
+    execute = live.llm.runner.execute
+    live.llm.runner.execute = lambda batch: (time.sleep(0.3), execute(batch))[1]
+    live.add("The river", LONG)
+    until(lambda: live._stepping)
+    look = live.between_steps(lambda llm: 1)
+    live.close()
+    with pytest.raises(TinyVLLMError, match="this LiveEngine is closed"):
+        look.result(timeout=1)
+
+
+def test_kind_time_and_texts_of_tokens(live):
+    assert live.kind == "cpu"
+    before = live.now_ns()
+    live.add("The river", SHORT)
+    live.wait_idle()
+    times = [event.t_ns for event in live.events.read()[0] if event.kind == "step_ended"]
+    assert before < times[0] <= times[-1] < live.now_ns() == pytest.approx(time.perf_counter_ns(), abs=1e9)
+    tokenizer = live.llm.tokenizer
+    ids = tokenizer.encode("The river", add_special_tokens=False)
+    assert "".join(live.token_text(i) for i in ids) == "The river"
+    assert live.token_text(10**6) is None and live.token_text(-1) is None
+    part = next(i for i in range(tokenizer.vocab_size) if tokenizer.id_to_bytes(i) == b"\xe2")
+    assert live.token_text(part) == "\ufffd"
+
+
+def test_who_fell_behind_is_told_all_that_is_running_again_and_the_others_lose_nothing(live):
+    whole = EngineState()
+    live.add("The fox", SHORT, "done")
+    live.wait_idle()
+    live.add("The river", LONG, "a")
+    until(lambda: live.stats.num_output_tokens > 20)
+    live.pause()
+    until(lambda: live.state == "paused" and not live._stepping)
+    since = live.events.next_seq
+    catch_up(whole, live.events)
+    live.tell_again()
+    until(lambda: live.events.next_seq > since)
+    live.between_steps(lambda llm: None).result(timeout=5)
+    late = EngineState()
+    for event in live.events.read(since)[0]:
+        late.apply(event)
+    catch_up(whole, live.events)
+    assert list(whole.requests) == ["done", "a"] and list(late.requests) == ["a"] and len(whole.steps) > 20
+    a, known = late.requests["a"], whole.requests["a"]
+    assert a.text == known.text != "" and a.token_ids == known.token_ids
+    assert a.ttft_ns == pytest.approx(known.ttft_ns, abs=5e6)
+    assert sum(a.itl_ns()) == pytest.approx(sum(known.itl_ns()), abs=5e6)
+    live.resume()
+    until(lambda: live.stats.num_output_tokens > 60)
+    live.stop()
+    live.wait_idle()
+    for state in (late, whole):
+        catch_up(state, live.events)
+    assert late.requests["a"].text == whole.requests["a"].text
+
+
+def test_what_was_asked_before_a_reset_that_leaves_less_room_still_ends(live):
+    live.between_steps(lambda llm: time.sleep(0.1))
+    live.reset(num_blocks=4)
+    live.add("The river went on and on", LONG, "a")  # prepared for a cache of 128 blocks
+    live.add("The fox " * 40, SHORT, "b")  # no room for it any more
+    live.wait_idle()
+    assert live.error is None and live.stats.num_finished == 1
+    assert isinstance(live.callback_error, RequestError) and "whole KV cache holds 64" in str(live.callback_error)
+    state = EngineState()
+    for event in live.events.read()[0]:
+        state.apply(event)
+    assert state.requests["a"].num_tokens == 64
+
+
+def test_calls_during_a_reset_find_an_engine(live):
+    make = live.llm._make_engine
+    live.llm._make_engine = lambda: (time.sleep(0.2), make())
+    live.reset(num_blocks=64)
+    until(lambda: live.llm.engine is None)
+    assert live.stats.num_blocks == 64 and "LiveEngine" in repr(live)
+    live.add("The river", SHORT)
+    live.wait_idle()
+    assert live.stats.num_finished == 1
+
+
+def test_a_second_live_engine_on_the_same_llm_takes_over(make_llm):
+    llm = make_llm()
+    first = LiveEngine(llm, steps_per_second=5)
+    first.add([1, 2, 3], SamplingParams(max_tokens=100, ignore_eos=True))
+    while not first.stats.num_running:
+        time.sleep(0.005)
+    with LiveEngine(llm) as second:
+        assert first.state == "closed" and second.stats.num_running == 0
+        with pytest.raises(TinyVLLMError, match="closed"):
+            first.add([1, 2, 3])
+        request_id = second.add([4, 5, 6], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
+        second.wait_idle()
+        assert second.error is None and request_id not in second.stats.running
+    assert llm.engine.stats.num_free_blocks == llm.engine.stats.num_blocks

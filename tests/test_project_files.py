@@ -19,8 +19,8 @@ def requirements(lines) -> dict[str, str]:
 
 def conda_requirements() -> dict[str, str]:
     text = (ROOT / "environment.yml").read_text()
-    lines = re.findall(r"^  - ([^:\n]+)$", text.split("dependencies:")[1], re.MULTILINE)
-    return requirements(line for line in lines if line != "pip")
+    lines = re.findall(r"^ +- ([^:#\n]+?)(?: +#.*)?$", text.split("dependencies:")[1], re.MULTILINE)
+    return requirements(line for line in lines if line not in ("pip", "-e ."))
 
 
 def test_environment_yml_and_pyproject_ask_for_the_same_versions():

@@ -15,6 +15,8 @@ _EXPORTS = {
     "SamplingParams": "tinyvllm.sampling_params",
     "EngineConfig": "tinyvllm.config",
     "LLMEngine": "tinyvllm.engine.llm_engine",
+    "LiveEngine": "tinyvllm.engine.live",
+    "ReplayEngine": "tinyvllm.engine.replay",
     "ModelConfig": "tinyvllm.model.config",
     "RequestOutput": "tinyvllm.outputs",
     "CompletionOutput": "tinyvllm.outputs",
@@ -24,7 +26,9 @@ __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
     from tinyvllm.config import EngineConfig
+    from tinyvllm.engine.live import LiveEngine
     from tinyvllm.engine.llm_engine import LLMEngine
+    from tinyvllm.engine.replay import ReplayEngine
     from tinyvllm.errors import TinyVLLMError
     from tinyvllm.llm import LLM
     from tinyvllm.model.config import ModelConfig

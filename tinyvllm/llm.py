@@ -6,13 +6,14 @@
 """
 
 import dataclasses
+import functools
 import numbers
 import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
@@ -33,6 +34,10 @@ from tinyvllm.runner.weights import WeightStore
 from tinyvllm.sampling_params import SamplingParams
 from tinyvllm.text.messages import check_messages
 from tinyvllm.text.tokenizer import Tokenizer
+from tinyvllm.units import format_bytes
+
+if TYPE_CHECKING:
+    from tinyvllm.probe import Probe
 
 Messages = Sequence[dict[str, str]]
 
@@ -119,14 +124,27 @@ class LLM:
             self._make_engine()
             raise
 
+    @functools.cached_property
+    def probe(self) -> "Probe":
+        """Looks into the engine between two steps: attention, logits, activations, cache, weights, times."""
+        from tinyvllm.probe import Probe  # here: most programs never look
+
+        return Probe(self)
+
     def plan_reset(self, **changes: Any) -> tuple[EngineConfig, MemoryPlan]:
-        """What `reset` would lead to; raises ConfigError for changes that cannot be."""
+        """What `reset` would lead to; raises ConfigError for changes that cannot be, OutOfDeviceMemoryError for a cache
+        that cannot be held."""
         for name in changes:
             if name not in RESETTABLE:
                 raise ConfigError(f"{name!r} cannot be changed by a reset: it can change {', '.join(RESETTABLE)}; "
                                   "for anything else make a new LLM")
         config = dataclasses.replace(self.engine_config, **changes)
-        return config, replan(self.memory_plan, self.model_config, config, set(changes))
+        plan = replan(self.memory_plan, self.model_config, config, set(changes))
+        room = self._backend.memory_info()[0] + self.memory_plan.kv_cache_bytes  # which goes before the new one comes
+        if plan.kv_cache_bytes > room:
+            raise OutOfDeviceMemoryError(f"a KV cache of {plan.num_blocks} blocks of {format_bytes(plan.block_bytes)} "
+                                         f"does not fit into the {format_bytes(room)} that there are: lower num_blocks")
+        return config, plan
 
     def generate(self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
                  use_tqdm: bool | None = None) -> list[RequestOutput]:

@@ -8,7 +8,7 @@ import platform
 
 def describe_environment(*extra_packages: str) -> dict[str, str | int]:
     """Processor, cores, operating system, Python, and the versions of the packages that matter."""
-    found = {"date": datetime.date.today().isoformat(), "processor": _processor(), "cores": os.cpu_count() or 0,
+    found = {"date": datetime.date.today().isoformat(), "processor": processor_name(), "cores": os.cpu_count() or 0,
              "system": platform.system(), "python": platform.python_version()}
     for name in ("tinyvllm", "numpy", "numba", "llvmlite", *extra_packages):
         try:
@@ -18,7 +18,7 @@ def describe_environment(*extra_packages: str) -> dict[str, str | int]:
     return found
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """The model name, with the instruction sets that decide which kernels run."""
     try:
         with open("/proc/cpuinfo") as info:

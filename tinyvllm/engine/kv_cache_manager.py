@@ -22,6 +22,7 @@ class KVCacheManager:
         self.req_to_blocks: dict[str, list[KVCacheBlock]] = {}
         self.req_to_block_ids: dict[str, list[int]] = {}  # the same as numbers, which is what a step needs
         self.req_to_hashes: dict[str, list[BlockHash]] = {}  # of the full blocks published or found so far
+        self._unpublished: set[str] = set()  # requests whose blocks nobody else may find (see forget_cached)
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
 
@@ -89,7 +90,7 @@ class KVCacheManager:
 
     def cache_full_blocks(self, request: Request) -> None:
         """Publish the full blocks of what is computed. Only after the step ran: a hash promises written keys."""
-        if not self.enable_caching:
+        if not self.enable_caching or request.request_id in self._unpublished:
             return
         blocks = self.req_to_blocks[request.request_id]
         hashes = self.req_to_hashes[request.request_id]
@@ -110,6 +111,12 @@ class KVCacheManager:
         if block_ids and self.events is not None:
             self.events.emit("blocks_freed", request.request_id, block_ids)
         self.req_to_hashes.pop(request.request_id, None)
+        self._unpublished.discard(request.request_id)
+
+    def forget_cached(self) -> None:
+        """The weights have changed: nothing computed so far may be found again, nor what running requests add to it."""
+        self.pool.reset_cache()
+        self._unpublished.update(self.req_to_blocks)
 
     def block_ids(self, request: Request) -> list[int]:
         """The block table of a request. The list is the manager's own and grows with the request: do not change it."""

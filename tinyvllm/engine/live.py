@@ -1,24 +1,25 @@
 """LiveEngine: the engine in a thread of its own, so that a notebook stays free to look and to touch.
 
-Cells return at once. What they ask for goes on a queue that the engine empties between two steps:
+Cells return at once. What they ask for goes on a queue that the engine empties between two steps (see driver.py).
 
     notebook, widgets ── add, abort, pause, step, resume, speed, policy, reset, stop ──> commands
                                                                                           │ between steps
     EventLog <── events <── engine thread: drain commands, step, hand outputs on <────────┘
-
-An exception in the engine ends nothing but the run: it is kept in `error`, the state is "failed", and `reset` starts
-afresh.
 """
 
 import asyncio
 import queue
-import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from typing import Any
 
 from tinyvllm.config import POLICIES
+from tinyvllm.engine.driver import Driver
 from tinyvllm.engine.events import EventLog
+from tinyvllm.engine.llm_engine import LLMEngine
+from tinyvllm.engine.recording import token_text
 from tinyvllm.errors import ConfigError, RequestError, TinyVLLMError
 from tinyvllm.outputs import EngineStats, RequestOutput
 from tinyvllm.sampling_params import SamplingParams
@@ -26,42 +27,41 @@ from tinyvllm.sampling_params import SamplingParams
 OutputCallback = Callable[[RequestOutput], None]
 
 
-class LiveEngine:
+class LiveEngine(Driver):
     """Drives the engine of an LLM from a background thread. The LLM must not be used directly meanwhile.
 
     llm: a tinyvllm.LLM. events: the log to emit into (default: a new one). steps_per_second: a speed limit for
     teaching; None is as fast as it goes. paused: start paused, to go on step by step.
 
-    Every method returns at once, except `wait_idle` and `close`, which are for scripts: in a notebook cell they keep
-    the page from being served.
+    An LLM has one driver at a time: a second LiveEngine on it, as when a cell is run again, closes the first and ends
+    its requests.
     """
 
     def __init__(self, llm: Any, *, events: EventLog | None = None, steps_per_second: float | None = None,
                  paused: bool = False):
+        super().__init__(EventLog() if events is None else events, steps_per_second, paused)  # an empty log is False
         self.llm = llm
-        self.events = EventLog() if events is None else events  # an empty log counts as False
-        self.error: BaseException | None = None
         self.callback_error: BaseException | None = None
-        self._commands: queue.SimpleQueue = queue.SimpleQueue()
         self._callbacks: list[OutputCallback] = []
-        self._paused = paused
-        self._steps_allowed = 0
-        self._interval = _interval(steps_per_second)
-        self._next_due = 0.0
-        self._closed = False
-        self._lock = threading.Lock()
-        self._num_sent = self._num_done = 0  # commands
-        self._stepping = False
+        self._take_over()
         llm.engine.listen(self.events)
-        self._thread = threading.Thread(target=self._run, name="tinyvllm-engine", daemon=True)
         self._thread.start()
+
+    def _take_over(self) -> None:
+        before = getattr(self.llm, "_driver", None)
+        if before is not None and before() is not None and not before()._closed:
+            before().close()
+            engine = self.llm.engine
+            engine.abort([r.request_id for r in [*engine.scheduler.running, *engine.scheduler.waiting]])
+            engine.take_pending()
+        self.llm._driver = weakref.ref(self)
 
     # ---- what a notebook asks for: each returns at once ----
 
     def add(self, prompt: Any, params: SamplingParams | None = None, request_id: str | None = None) -> str:
         """Queue a prompt (text, token ids, ...) and return the request's id. Raises RequestError for a bad prompt."""
         self._check_alive()
-        request = self.llm.engine.prepare(prompt, params, request_id)
+        request = self._engine().prepare(prompt, params, request_id)
         self._send(self._submit, request)
         return request.request_id
 
@@ -72,24 +72,6 @@ class LiveEngine:
     def abort(self, *request_ids: str) -> None:
         """End these requests; without ids, all of them."""
         self._send(self._abort, request_ids)
-
-    def pause(self) -> None:
-        """Stop after the step that is running."""
-        self._send(self._set_paused, True)
-
-    def resume(self) -> None:
-        """Go on."""
-        self._send(self._set_paused, False)
-
-    def step(self, count: int = 1) -> None:
-        """Run so many steps and be paused again."""
-        if not isinstance(count, int) or count < 1:
-            raise ConfigError(f"step needs a whole number of 1 or more, got {count!r}")
-        self._send(self._allow_steps, count)
-
-    def set_speed(self, steps_per_second: float | None) -> None:
-        """At most so many steps a second; None for no limit."""
-        self._send(self._set_interval, _interval(steps_per_second))
 
     def set_policy(self, *, scheduling_policy: str | None = None, max_num_seqs: int | None = None,
                    max_num_batched_tokens: int | None = None) -> None:
@@ -109,8 +91,7 @@ class LiveEngine:
 
     def reset(self, **changes: Any) -> None:
         """Forget every request and the whole cache, and begin anew with some options changed (see LLM.reset)."""
-        if self._closed:
-            raise TinyVLLMError("this LiveEngine is closed: make a new one")
+        self._check_open()
         self.llm.plan_reset(**changes)  # a change that cannot be is refused here, where the user is
         self._send(self._reset, changes)
 
@@ -148,115 +129,77 @@ class LiveEngine:
             if request_id is not None and not finished:
                 self.abort(request_id)
 
+    def between_steps(self, look: Callable, *arguments: Any) -> Future:
+        """Call look(llm, *arguments) in the engine's thread, before its next step, where nothing moves.
+
+        Returns a Future of the result; an exception of `look` is the Future's and not the engine's. `llm.probe` has
+        what there is to look at.
+        """
+        future: Future = Future()
+        self._send(self._look, future, look, arguments)
+        if not self._thread.is_alive():
+            self._refuse_looks()
+        return future
+
     # ---- what it is doing ----
 
     @property
-    def state(self) -> str:
-        """"running", "paused", "idle" (nothing to do), "failed" (see `error`) or "closed"."""
-        if self._closed:
-            return "closed"
-        if self.error is not None:
-            return "failed"
-        if self._paused and not self._steps_allowed:
-            return "paused"
-        return "idle" if self._is_idle() else "running"
+    def stats(self) -> EngineStats:
+        return self._engine().stats
 
     @property
-    def stats(self) -> EngineStats:
-        return self.llm.engine.stats
+    def kind(self) -> str:
+        """"cpu" or "cuda": where the engine computes. (A ReplayEngine's is "replay".)"""
+        return self.llm.device
 
-    def wait_idle(self, timeout: float = 60.0) -> None:
-        """Wait until every request has ended. Raises the engine's error, or TimeoutError."""
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            if self.error is not None:
-                raise self.error
-            if self._is_idle():
-                return
-            time.sleep(0.005)
-        raise TimeoutError(f"requests are still running after {timeout:g} s (state: {self.state})")
+    def now_ns(self) -> int:
+        """The time of this run, in nanoseconds: what an event that happened now would carry."""
+        return time.perf_counter_ns()
+
+    def token_text(self, token_id: int) -> str | None:
+        """What a token stands for; None without a tokenizer, or for an id that it does not have."""
+        return token_text(self.llm.tokenizer, token_id)
 
     def close(self) -> None:
         """End the thread. The LLM can be used directly again."""
         if not self._closed:
-            self._closed = True
-            self._send(lambda: None)
-            self._thread.join(timeout=30)
+            super().close()
+            self._refuse_looks()
             self.llm.engine.listen(None)
 
-    def __enter__(self) -> "LiveEngine":
-        return self
+    def _describe(self) -> str:
+        return f"{self.state}, {self.stats.num_running} running, {self.stats.num_waiting} waiting"
 
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        trouble = f", error: {self.error}" if self.error is not None else ""
-        return f"LiveEngine({self.state}, {self.stats.num_running} running, {self.stats.num_waiting} waiting{trouble})"
+    def _engine(self) -> LLMEngine:
+        """The engine, for other threads: in the middle of a reset there is none."""
+        deadline = time.monotonic() + 10
+        while (engine := self.llm.engine) is None:
+            if time.monotonic() > deadline:
+                raise TinyVLLMError("the engine is still being reset: try again in a moment")
+            time.sleep(0.001)
+        return engine
 
     def _check_alive(self) -> None:
-        if self._closed:
-            raise TinyVLLMError("this LiveEngine is closed: make a new one")
+        self._check_open()
         if self.error is not None:
             raise TinyVLLMError(f"the engine stopped at an error ({type(self.error).__name__}: {self.error}); "
                                 "reset() starts it afresh") from self.error
 
-    def _is_idle(self) -> bool:
-        """Every command carried out, every request ended, every output handed on. The order of the questions counts."""
-        return (self._num_sent == self._num_done and not self.llm.engine.has_unfinished_requests()
-                and not self._stepping)
-
-    def _send(self, command: Callable, *arguments: Any) -> None:
-        with self._lock:
-            self._num_sent += 1
-        self._commands.put((command, arguments))
-
     # ---- the engine's thread ----
 
-    def _run(self) -> None:
-        while not self._closed:
-            try:
-                self._drain(wait=self._nothing_to_do())
-                if not self._closed and not self._nothing_to_do() and self._is_due():
-                    self._step()
-            except Exception as error:  # the run is over, the notebook and this thread are not
-                self.error = error
+    def _has_work(self) -> bool:
+        return self.llm.engine.has_unfinished_requests()
 
-    def _nothing_to_do(self) -> bool:
-        if self.error is not None or not self.llm.engine.has_unfinished_requests():
-            return True
-        return self._paused and not self._steps_allowed
-
-    def _drain(self, wait: bool) -> None:
-        """Run the commands that have come; with `wait`, wait for the first."""
-        while True:
-            try:
-                command, arguments = self._commands.get(block=wait)
-            except queue.Empty:
-                return
-            wait = False
-            try:
-                command(*arguments)
-            finally:
-                self._num_done += 1
-
-    def _is_due(self) -> bool:
-        """Under a speed limit: wait for the next step's time, or for a command, whichever comes first."""
-        delay = self._next_due - time.perf_counter()
-        if self._interval and delay > 0:
-            time.sleep(min(delay, 0.02))  # short: Stop must be heard
-            return False
-        self._next_due = time.perf_counter() + self._interval
-        return True
-
-    def _step(self) -> None:
-        if self._steps_allowed:
-            self._steps_allowed -= 1
+    def _advance(self) -> float:
+        if wait := self._seconds_until_due():
+            return wait
+        self._count_step()
         self._stepping = True
         try:
             self._deliver(self.llm.engine.step())
         finally:
             self._stepping = False
+        return 0.0
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
@@ -272,27 +215,41 @@ class LiveEngine:
         except RequestError as error:  # two with one id: the second is dropped, and says so
             self.callback_error = error
 
+    def _look(self, future: Future, look: Callable, arguments: tuple) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(look(self.llm, *arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    def _refuse_looks(self) -> None:
+        """The thread has ended: nobody must wait for it."""
+        while True:
+            try:
+                command, arguments = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            if command == self._look and arguments[0].set_running_or_notify_cancel():
+                arguments[0].set_exception(TinyVLLMError("this LiveEngine is closed: make a new one"))
+
+    def _tell_again(self) -> None:
+        self.llm.engine.listen(self.events)
+
     def _abort(self, request_ids: tuple[str, ...]) -> None:
         scheduler = self.llm.engine.scheduler
         everyone = [r.request_id for r in [*scheduler.running, *scheduler.waiting]]
         self.llm.engine.abort(request_ids or everyone)
         self._deliver(self.llm.engine.take_pending())
 
-    def _set_paused(self, paused: bool) -> None:
-        self._paused, self._steps_allowed = paused, 0
-
-    def _allow_steps(self, count: int) -> None:
-        self._paused = True
-        self._steps_allowed += count
-
-    def _set_interval(self, interval: float) -> None:
-        self._interval, self._next_due = interval, 0.0
-
     def _set_policy(self, policy: str | None, max_num_seqs: int | None, max_num_batched_tokens: int | None) -> None:
         scheduler = self.llm.engine.scheduler
         scheduler.policy = policy or scheduler.policy
         scheduler.max_num_seqs = max_num_seqs or scheduler.max_num_seqs
         scheduler.max_num_batched_tokens = max_num_batched_tokens or scheduler.max_num_batched_tokens
+        self.events.emit("policy_changed", None, {
+            "scheduling_policy": scheduler.policy, "max_num_seqs": scheduler.max_num_seqs,
+            "max_num_batched_tokens": scheduler.max_num_batched_tokens})
 
     def _reset(self, changes: dict[str, Any]) -> None:
         self.error = None
@@ -300,11 +257,3 @@ class LiveEngine:
         self.llm.reset(**changes)
         self.llm.engine.listen(self.events)
 
-
-def _interval(steps_per_second: float | None) -> float:
-    if steps_per_second is None:
-        return 0.0
-    if isinstance(steps_per_second, bool) or not isinstance(steps_per_second, (int, float)) or not steps_per_second > 0:
-        raise ConfigError(f"the speed must be a number of steps a second above 0, or None for no limit, "
-                          f"got {steps_per_second!r}")
-    return 1.0 / steps_per_second

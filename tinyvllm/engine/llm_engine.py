@@ -58,6 +58,7 @@ class LLMEngine:
         self._requests: dict[str, Request] = {}
         self._detokenizers: dict[str, Any] = {}
         self._pending: list[RequestOutput] = []  # made, but not handed to anybody yet
+        self._new_tokens: list[tuple] = []  # (request_id, token id, text) not told to the listener yet
         self.num_steps = self.num_finished = self.num_prompt_tokens = self.num_output_tokens = 0
         self.last_step_tokens = 0
         self._begin = getattr(runner, "begin", None)
@@ -93,13 +94,17 @@ class LLMEngine:
         request_id = request.request_id
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use: choose another, or leave it out")
+        if request.max_len > self._max_len():  # it was prepared before a reset that left less room
+            self._check_prompt(request.token_ids)
+            request.max_len = self._max_len()
         self._requests[request_id] = request
         if self.tokenizer is not None:
             self._detokenizers[request_id] = self.tokenizer.incremental_detokenizer(
                 request.params.stop, prompt_token_ids=request.token_ids)
         self.scheduler.add_request(request)
         if self.events is not None:
-            self.events.emit("request_added", request_id, request.num_prompt_tokens, request.max_len)
+            prompt_token_ids = request.token_ids[:request.num_prompt_tokens]
+            self.events.emit("request_added", request_id, prompt_token_ids, request.max_len)
         return request_id
 
     def abort(self, request_ids: str | Iterable[str]) -> None:
@@ -124,10 +129,16 @@ class LLMEngine:
 
     def listen(self, events: EventLog | None) -> None:
         """Emit events into this log from now on, beginning with what is there already; None stops it."""
+        self._tell_new_tokens()  # of a step that was interrupted: whoever listens now learns them with the rest
+        is_told_again = events is not None and events is self.events
         for part in (self, self.scheduler, self.kv_cache_manager, self.kv_cache_manager.pool):
             part.events = events
         if events is not None:
-            emit_snapshot(self, events)
+            emit_snapshot(self, events, is_told_again)
+
+    def emitted_text(self, request_id: str) -> str:
+        """The text of an unfinished request as far as it was told; "" without a tokenizer."""
+        return self._detokenizers[request_id].text if request_id in self._detokenizers else ""
 
     # ---- one step ----
 
@@ -234,7 +245,7 @@ class LLMEngine:
         if events is None:
             return self.runner.execute(batch)
         events.emit("step_begun", None, batch.total_num_scheduled_tokens,
-                    [[s.request.request_id, s.start, s.num_scheduled_tokens, s.sample] for s in batch.scheduled])
+                    tuple((s.request.request_id, s.start, s.num_scheduled_tokens, s.sample) for s in batch.scheduled))
         start = time.perf_counter_ns()
         try:
             tokens = self.runner.execute(batch)
@@ -260,6 +271,14 @@ class LLMEngine:
                 continue
             if request.num_emitted_tokens < request.num_output_tokens:
                 self._emit(request)
+        self._tell_new_tokens()
+
+    def _tell_new_tokens(self) -> None:
+        """One event for the tokens of many requests: at 256 a step, one each would cost as much as the step."""
+        if self._new_tokens:
+            tokens, self._new_tokens = self._new_tokens, []
+            if self.events is not None:
+                self.events.emit("tokens", None, tuple(tokens))
 
     def _emit(self, request: Request) -> None:
         """Make an output of a request's state; if it has ended, let go of everything that belongs to it."""
@@ -272,9 +291,10 @@ class LLMEngine:
         detokenizer = self._detokenizers.get(request.request_id)
         new_text = "" if detokenizer is None else self._new_text(request, detokenizer, new_ids)
         request.num_emitted_tokens = num_tokens - num_prompt
+        request.token_times += [now] * len(new_ids)
         if self.events is not None:
             for i, token_id in enumerate(new_ids, start=1):
-                self.events.emit("token", request.request_id, token_id, new_text if i == len(new_ids) else "")
+                self._new_tokens.append((request.request_id, token_id, new_text if i == len(new_ids) else ""))
         metrics.num_cached_tokens = max(0, request.num_cached_tokens)
         if request.status.is_finished:
             metrics.finished_time = now
@@ -299,6 +319,7 @@ class LLMEngine:
 
     def _forget(self, request: Request) -> None:
         self.num_finished += 1
+        self._tell_new_tokens()  # its last token comes before its end
         self.scheduler.finish(request)
         if self.events is not None:
             self.events.emit("request_finished", request.request_id, request.finish_reason, request.num_output_tokens)

@@ -58,6 +58,7 @@ class Request:
         self.status = RequestStatus.WAITING
         self.stop_reason: int | str | None = None
         self.num_emitted_tokens = 0  # output tokens that an output has reported
+        self.token_times: list[float] = []  # of those, in seconds of time.perf_counter()
         self.num_cached_tokens = -1  # tokens of the first admission that came from the prefix cache; -1: not admitted
         self.metrics = RequestMetrics(time.perf_counter() if arrival_time is None else arrival_time)
 

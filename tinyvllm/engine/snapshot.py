@@ -1,5 +1,7 @@
 """The present state of an engine, told as events: so that whoever begins to listen late knows as much as the others."""
 
+import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from tinyvllm.engine.events import EventLog
@@ -18,23 +20,43 @@ def engine_config(engine: "LLMEngine") -> dict[str, int | str | bool]:
             "enable_prefix_caching": manager.enable_caching, "use_kv_cache": scheduler.use_kv_cache}
 
 
-def emit_snapshot(engine: "LLMEngine", events: EventLog) -> None:
-    """Emit engine_config, and for all that is there the events that would have led to it."""
-    manager = engine.kv_cache_manager
+def emit_snapshot(engine: "LLMEngine", events: EventLog, again: bool = False) -> None:
+    """Emit engine_config, and for all that is there the events that would have led to it.
+
+    again: this log has been told the state before; whoever missed nothing since may pass all of this over.
+    """
+    told = list(_tell(engine))
     events.step = engine.num_steps
-    events.emit("engine_config", None, engine_config(engine))
+    events.emit("engine_config", None, engine_config(engine), len(told) if again else None)
+    now_ns = time.perf_counter_ns()
+    for t_ns, *event in told:
+        events.emit_at(now_ns if t_ns is None else t_ns, *event)
+
+
+def _tell(engine: "LLMEngine") -> Iterator[tuple]:
+    """(t_ns or None for now, kind, request_id, a, b) of everything but the configuration. Times are the real ones."""
+    manager = engine.kv_cache_manager
     for request in [*engine.scheduler.running, *engine.scheduler.waiting]:
-        events.emit("request_added", request.request_id, request.num_prompt_tokens, request.max_len)
+        name, metrics = request.request_id, request.metrics
+        yield _ns(metrics.arrival_time), "request_added", name, request.token_ids[:request.num_prompt_tokens], \
+            request.max_len
+        if request.status in (RequestStatus.RUNNING, RequestStatus.PREEMPTED):
+            is_preempted = request.status is RequestStatus.PREEMPTED
+            yield _ns(metrics.first_scheduled_time), "request_scheduled", name, \
+                [max(0, request.num_cached_tokens), request.num_computed_tokens], metrics.num_preemptions - is_preempted
+            if is_preempted:
+                yield None, "request_preempted", name, 0, None
         blocks = manager.block_ids(request)
         if blocks:
-            events.emit("blocks_allocated", request.request_id, list(blocks))
-        for token_id in request.output_token_ids:
-            events.emit("token", request.request_id, token_id, "")
-        if request.status is RequestStatus.RUNNING:
-            events.emit("request_scheduled", request.request_id, request.num_computed_tokens,
-                        request.metrics.num_preemptions)
-        elif request.status is RequestStatus.PREEMPTED:
-            events.emit("request_preempted", request.request_id, 0)
+            yield None, "blocks_allocated", name, list(blocks), None
+        if request.num_emitted_tokens:
+            *earlier, last = request.output_token_ids[:request.num_emitted_tokens]
+            tokens = *((name, token_id, "") for token_id in earlier), (name, last, engine.emitted_text(name))
+            yield None, "tokens", None, tokens, [_ns(t) for t in request.token_times]
     for block in manager.pool.blocks:
         if block.block_hash is not None:
-            events.emit("block_cached", None, block.block_id, None)
+            yield None, "block_cached", None, block.block_id, None
+
+
+def _ns(seconds: float | None) -> int | None:
+    return None if seconds is None else int(seconds * 1e9)

@@ -4,15 +4,20 @@ Widgets read this and never the engine, so the same picture comes from a live ru
 machine. A test holds it against the engine's own books after every step of a random storm.
 """
 
-from collections import deque
-from dataclasses import dataclass, field
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field, replace
+from itertools import repeat
+from typing import Self
 
-from tinyvllm.engine.events import Event
+from tinyvllm.engine.events import KINDS, Event
 
-KEPT_STEPS = 5000
+KEPT_STEPS = 5000  # the newest; and so many
+KEPT_REQUESTS = 1000  # that have ended: a class may run for hours
+
+_UNTIL_CONFIG = -1
 
 
-@dataclass
+@dataclass(slots=True)
 class Span:
     """A stretch of a request's time: kind is "waiting", "prefill", "decode" or "preempted"; end_ns None while open."""
 
@@ -21,7 +26,7 @@ class Span:
     end_ns: int | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class RequestState:
     """One request as the events tell it."""
 
@@ -29,6 +34,7 @@ class RequestState:
     num_prompt_tokens: int
     max_len: int
     added_ns: int
+    prompt_token_ids: list[int] | None = None  # None: a trace that kept only their number
     status: str = "waiting"  # waiting, running, preempted, or the finish reason
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
@@ -53,97 +59,178 @@ class RequestState:
         """Inter-token latencies: the times between one token and the next."""
         return [b - a for a, b in zip(self.token_ns, self.token_ns[1:])]
 
+    def clone(self) -> Self:
+        """A copy that goes its own way."""
+        return replace(self, token_ids=list(self.token_ids), token_ns=list(self.token_ns),
+                       block_ids=list(self.block_ids), spans=[*self.spans[:-1], replace(self.spans[-1])])
 
-@dataclass
+
+@dataclass(slots=True)
 class StepState:
-    """One step: its batch as [request_id, start, count, sampled], and its times."""
+    """One step: its batch as ((request_id, start, count, sampled), ...), and its times."""
 
     step: int
     begin_ns: int
     num_tokens: int
-    batch: list[list]
+    batch: tuple[tuple, ...]
     end_ns: int | None = None
     runner_ns: int | None = None
     error: str | None = None
 
 
 class EngineState:
-    """Apply events in order; read the rest. `gaps` counts events that were missed."""
+    """Apply events in order; read the rest.
 
-    def __init__(self):
+    After a gap in the sequence numbers nothing is certain: events are passed over until an engine_config tells the
+    state anew. Where nothing was missed, what is only told again is passed over.
+
+    kept_steps, kept_requests: how many steps, and how many requests that have ended, are remembered; None: all.
+    gaps counts events that were missed.
+    """
+
+    def __init__(self, kept_steps: int | None = KEPT_STEPS, kept_requests: int | None = KEPT_REQUESTS):
+        self.kept_requests = kept_requests
         self.config: dict = {}
         self.requests: dict[str, RequestState] = {}
-        self.steps: deque[StepState] = deque(maxlen=KEPT_STEPS)
+        self.steps: deque[StepState] = deque(maxlen=kept_steps)
         self.block_owners: dict[int, list[str]] = {}  # block_id -> the requests that hold it
+        self.block_places: dict[int, tuple[str, int]] = {}  # block_id -> who had it last, and as which of its blocks
         self.cached_blocks: set[int] = set()
+        self.profile: dict | None = None  # the newest step that was taken apart
         self.next_seq = 0
         self.gaps = 0
+        self._finished: OrderedDict[str, None] = OrderedDict()  # ids of requests, in the order in which they ended
+        self._pass_over = 0  # so many events to come
 
-    def apply(self, event: Event) -> None:
-        """Take in one event. Raises ValueError for a kind that this version does not know."""
-        handler = getattr(self, f"_{event.kind}", None)
+    def apply(self, event: Event) -> bool:
+        """Take in one event; False if it was passed over. Raises ValueError for a kind that this version lacks."""
+        seq, kind = event.seq, event.kind
+        handler = _HANDLERS.get(kind)
         if handler is None:
-            raise ValueError(f"unknown kind of event {event.kind!r}: this trace is from a newer version")
-        self.gaps += event.seq - self.next_seq if self.next_seq else 0
-        self.next_seq = event.seq + 1
-        handler(event)
+            raise ValueError(f"unknown kind of event {kind!r}: this trace is from a newer version")
+        if seq != self.next_seq and self.next_seq:
+            self.gaps += seq - self.next_seq
+            self._pass_over = _UNTIL_CONFIG
+        self.next_seq = seq + 1
+        if self._pass_over:
+            if self._pass_over > 0:
+                self._pass_over -= 1
+                return False
+            if kind != "engine_config":
+                return False
+        return not handler(self, event)
+
+    def clone(self) -> Self:
+        """A copy that goes its own way: cheap, since what has ended does not change and is shared."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.requests = {name: request.clone() if request.finished_ns is None else request
+                          for name, request in self.requests.items()}
+        other.steps = self.steps.copy()
+        if other.steps:
+            other.steps[-1] = replace(other.steps[-1])
+        other.block_owners = {block_id: owners.copy() for block_id, owners in self.block_owners.items()}
+        other.block_places = self.block_places.copy()
+        other.cached_blocks = self.cached_blocks.copy()
+        other._finished = self._finished.copy()
+        return other
 
     @property
     def num_used_blocks(self) -> int:
         """Blocks that some request holds."""
         return len(self.block_owners)
 
-    # ---- one method a kind ----
+    # ---- one method a kind; it returns True if it passed the event over ----
 
-    def _engine_config(self, e: Event) -> None:
+    def _engine_config(self, e: Event) -> bool | None:
+        if e.b is not None and self.config and not self._pass_over:
+            self._pass_over = e.b
+            return True
+        self._pass_over = 0
+        # All of it goes: ids, step numbers and, in a recorded run, times begin again. New objects, for whoever
+        # still reads the old ones.
         self.config = e.a
-        self.requests.clear()
-        self.block_owners.clear()
-        self.cached_blocks.clear()
+        self.requests = {}
+        self.steps = deque(maxlen=self.steps.maxlen)
+        self.block_owners = {}
+        self.block_places = {}
+        self.cached_blocks = set()
+        self.profile = None
+        self._finished = OrderedDict()
+        return None
+
+    def _policy_changed(self, e: Event) -> None:
+        self.config = {**self.config, **e.a}
 
     def _request_added(self, e: Event) -> None:
-        self.requests[e.request_id] = RequestState(e.request_id, e.a, e.b, e.t_ns, spans=[Span("waiting", e.t_ns)])
+        ids = None if isinstance(e.a, int) else e.a
+        if e.request_id in self.requests:  # an id that was used before: the new one comes last
+            del self.requests[e.request_id]
+            self._finished.pop(e.request_id, None)
+        self.requests[e.request_id] = RequestState(e.request_id, e.a if ids is None else len(ids), e.b, e.t_ns, ids,
+                                                   spans=[Span("waiting", e.t_ns)])
+
+    # Of a request that is not known (any more), nothing is told: that ends nothing.
 
     def _request_scheduled(self, e: Event) -> None:
-        request = self.requests[e.request_id]
-        request.status, request.num_computed_tokens = "running", e.a
-        if e.b == 0:
-            request.num_cached_tokens = e.a
+        request = self.requests.get(e.request_id)
+        if request is None:
+            return
+        cached, computed = e.a if isinstance(e.a, list) else (e.a, e.a)
+        request.status, request.num_computed_tokens = "running", computed
+        if e.b == 0 or isinstance(e.a, list):
+            request.num_cached_tokens = cached
         request.num_preemptions = e.b
         self._open_span(request, "prefill", e.t_ns)
 
     def _request_preempted(self, e: Event) -> None:
-        request = self.requests[e.request_id]
+        request = self.requests.get(e.request_id)
+        if request is None:
+            return
         request.status, request.num_computed_tokens = "preempted", 0
         self._open_span(request, "preempted", e.t_ns)
 
     def _request_finished(self, e: Event) -> None:
-        request = self.requests[e.request_id]
+        request = self.requests.get(e.request_id)
+        if request is None:
+            return
         request.status, request.finished_ns = e.a, e.t_ns
         if request.spans[-1].end_ns is None:
             request.spans[-1].end_ns = e.t_ns
+        self._finished[e.request_id] = None
+        if self.kept_requests is not None and len(self._finished) > self.kept_requests:
+            del self.requests[self._finished.popitem(last=False)[0]]
 
     def _step_begun(self, e: Event) -> None:
         self.steps.append(StepState(e.step, e.t_ns, e.a, e.b))
+        requests = self.requests
         for request_id, start, count, _ in e.b:
-            if count == 1 and start >= self.requests[request_id].num_prompt_tokens:
-                self._open_span(self.requests[request_id], "decode", e.t_ns)
+            if count == 1 and (request := requests.get(request_id)) and start >= request.num_prompt_tokens:
+                self._open_span(request, "decode", e.t_ns)
 
     def _step_ended(self, e: Event) -> None:
+        if not self.steps:
+            return
         step = self.steps[-1]
         step.end_ns, step.runner_ns = e.t_ns, e.a
+        requests, keeps = self.requests, self.config.get("use_kv_cache", True)
         for request_id, start, count, sampled in step.batch:
-            # Without a KV cache a sampled token means: begin again from the first.
-            forget = sampled and not self.config.get("use_kv_cache", True)
-            self.requests[request_id].num_computed_tokens = 0 if forget else start + count
+            request = requests.get(request_id)
+            if request is not None and request.finished_ns is None:
+                # Without a KV cache a sampled token means: begin again from the first.
+                request.num_computed_tokens = start + count if keeps or not sampled else 0
 
     def _step_failed(self, e: Event) -> None:
-        self.steps[-1].end_ns, self.steps[-1].error = e.t_ns, e.a
+        if self.steps:
+            self.steps[-1].end_ns, self.steps[-1].error = e.t_ns, e.a
 
     def _blocks_allocated(self, e: Event) -> None:
-        self.requests[e.request_id].block_ids += e.a
-        for block_id in e.a:
+        request = self.requests.get(e.request_id)
+        for index, block_id in enumerate(e.a, start=len(request.block_ids) if request else 0):
             self.block_owners.setdefault(block_id, []).append(e.request_id)
+            self.block_places[block_id] = e.request_id, index
+        if request:
+            request.block_ids += e.a
 
     _blocks_shared = _blocks_allocated
 
@@ -154,24 +241,35 @@ class EngineState:
         self.cached_blocks.difference_update(e.a)
 
     def _blocks_freed(self, e: Event) -> None:
-        self.requests[e.request_id].block_ids = []
+        if request := self.requests.get(e.request_id):
+            request.block_ids = []
         for block_id in e.a:
-            owners = self.block_owners[block_id]
-            owners.remove(e.request_id)
-            if not owners:
-                del self.block_owners[block_id]
+            owners = self.block_owners.get(block_id, ())
+            if e.request_id in owners:
+                owners.remove(e.request_id)
+                if not owners:
+                    del self.block_owners[block_id]
 
-    def _token(self, e: Event) -> None:
-        request = self.requests[e.request_id]
-        request.token_ids.append(e.a)
-        request.token_ns.append(e.t_ns)
-        request.text += e.b or ""
+    def _tokens(self, e: Event) -> None:
+        requests, times = self.requests, e.b or repeat(e.t_ns)
+        for (request_id, token_id, text), t_ns in zip(e.a, times):
+            if request := requests.get(request_id):
+                request.token_ids.append(token_id)
+                request.token_ns.append(t_ns)
+                if text:
+                    request.text += text
+
+    def _step_profiled(self, e: Event) -> None:
+        self.profile = {"step": e.step, "operations": e.a, **(e.b or {})}
 
     @staticmethod
     def _open_span(request: RequestState, kind: str, t_ns: int) -> None:
         last = request.spans[-1]
-        if last.kind == kind and last.end_ns is None:
-            return
         if last.end_ns is None:
+            if last.kind == kind:
+                return
             last.end_ns = t_ns
         request.spans.append(Span(kind, t_ns))
+
+
+_HANDLERS = {kind: getattr(EngineState, f"_{kind}") for kind in KINDS}

@@ -1,17 +1,22 @@
 """Traces: the events of a run as a file, to save, reload, replay, and look at in Perfetto.
 
 The file is JSON Lines: a first line with the format's name and version and whatever the recorder wants to say of the
-run (model, machine, versions), then one event a line as an array. It can be read with `head`, and a run of a class fits
-into some hundred kilobytes.
+run (model, machine, versions: recording.py), then one event a line as an array. It can be read with `head`, and a run
+of a class fits into some hundred kilobytes. With a name that ends in .gz it is compressed, to about a quarter.
 """
 
+import contextlib
+import gzip
 import json
-import time
+import os
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tinyvllm.engine.chrome_trace import chrome_events
 from tinyvllm.engine.events import Event
+from tinyvllm.engine.recording import token_ids_in
 from tinyvllm.engine.state import EngineState
 from tinyvllm.errors import TinyVLLMError
 
@@ -19,14 +24,21 @@ FORMAT, VERSION = "tinyvllm-trace", 1
 
 
 class TraceError(TinyVLLMError, ValueError):
-    """A file that is not a trace, or one that is damaged."""
+    """A file that is not a trace, or one that is damaged; or what cannot be written as one."""
 
 
 class Trace:
-    """Events of one run, in order. metadata: anything that JSON can hold."""
+    """Events of one run, in order. metadata: anything that JSON can hold, under names other than format and version.
+
+    What comes before the first engine_config is left out: nothing can be made of it.
+    """
 
     def __init__(self, events: Iterable[Event], metadata: dict[str, Any] | None = None):
-        self.events = list(events)
+        events = list(events)
+        first = next((i for i, event in enumerate(events) if event.kind == "engine_config"), None)
+        if first is not None:
+            events = [events[first]._replace(b=None), *events[first + 1:]]  # here nothing is told again
+        self.events: list[Event] = events
         self.metadata = dict(metadata or {})
 
     def __len__(self) -> int:
@@ -38,106 +50,134 @@ class Trace:
         return (self.events[-1].t_ns - self.events[0].t_ns) / 1e9 if self.events else 0.0
 
     def state(self, until_ns: int | None = None) -> EngineState:
-        """The engine's state after the last event, or after those up to a time: scrubbing back through a run."""
-        state = EngineState()
+        """The engine's state after the last event, or after those up to a time, with every step and request."""
+        state = EngineState(kept_steps=None, kept_requests=None)
         for event in self.events:
             if until_ns is not None and event.t_ns > until_ns:
                 break
             state.apply(event)
         return state
 
-    def replay(self, speed: float = 1.0) -> Iterator[Event]:
-        """Yield the events at the times at which they happened, `speed` times as fast (infinity: at once)."""
-        if not speed > 0:
-            raise ValueError(f"speed must be above 0, got {speed}")
-        start = time.perf_counter()
-        for event in self.events:
-            due = start + (event.t_ns - self.events[0].t_ns) / 1e9 / speed
-            time.sleep(max(0.0, due - time.perf_counter()))
-            yield event
-
     # ---- files ----
 
-    def save(self, path: str | Path) -> Path:
-        """Write the trace. The directory must exist."""
+    def save(self, path: str | Path, prompt_ids: bool = True) -> Path:
+        """Write the trace; the same trace gives the same bytes. The directory must exist.
+
+        prompt_ids=False keeps of each prompt only how many tokens it has, for a file to give away. Raises TraceError
+        for what cannot be written, OSError; a file that is there already is replaced only by a whole one.
+        """
         path = Path(path)
-        with path.open("w", encoding="utf-8") as file:
-            file.write(json.dumps({"format": FORMAT, "version": VERSION, **self.metadata}) + "\n")
-            for event in self.events:
-                file.write(json.dumps(event, separators=(",", ":"), ensure_ascii=False) + "\n")
+        trace = self if prompt_ids else self._without_prompts()
+        part = path.with_name(path.name + ".part")
+        try:
+            with _open(part, "wb", _is_compressed(path)) as file:
+                for line in trace._lines():
+                    file.write(line)
+            os.replace(part, path)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink()
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> "Trace":
         """Read a trace. Raises TraceError, naming file and line, for anything that is none; FileNotFoundError."""
         path = Path(path)
-        events = []
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    value = json.loads(line)
+        metadata, events, state, number = {}, [], EngineState(), 0
+        try:
+            with _open(path, "rb", _is_compressed(path)) as file:
+                for number, line in enumerate(file, start=1):
                     if number == 1:
-                        metadata = cls._check_header(path, value)
+                        metadata = _check_header(path, _parse(line))
                     else:
-                        events.append(Event(*value))
-                except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as problem:
-                    raise TraceError(f"{path}, line {number}: not an event of a trace ({problem})") from None
+                        events.append(_event(line))
+                        state.apply(events[-1])  # an event that does not fit must not surprise a widget later
+        except TraceError:
+            raise
+        except (EOFError, gzip.BadGzipFile, zlib.error) as problem:
+            raise TraceError(f"{path}, after line {number}: the compressed file is damaged or was cut off, or is "
+                             f"not compressed at all ({problem})") from None
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as problem:
+            about = problem if isinstance(problem, ValueError) else f"{type(problem).__name__}: {problem}"
+            raise TraceError(f"{path}, line {number}: not an event of a trace ({about})") from None
         if not events:
             raise TraceError(f"{path} holds no events: it is empty or was cut off")
         return cls(events, metadata)
 
-    @staticmethod
-    def _check_header(path: Path, header: Any) -> dict[str, Any]:
-        if not isinstance(header, dict) or header.get("format") != FORMAT:
-            raise TraceError(f"{path} is not a {FORMAT} file: its first line must say so")
-        if header.get("version") != VERSION:
-            raise TraceError(f"{path} is of version {header.get('version')!r}; this tinyvllm reads version {VERSION}")
-        return {name: value for name, value in header.items() if name not in ("format", "version")}
+    def _lines(self) -> Iterator[bytes]:
+        reserved = sorted({"format", "version"} & self.metadata.keys())
+        if reserved:
+            raise TraceError(f"metadata cannot have the name {reserved[0]!r}, which the file itself needs")
+        yield _json({"format": FORMAT, "version": VERSION, **self.metadata}, "the metadata")
+        for event in self.events:
+            yield _json(event, "an event")
+
+    def _without_prompts(self) -> "Trace":
+        events = [event._replace(a=len(event.a)) if event.kind == "request_added" and isinstance(event.a, list)
+                  else event for event in self.events]
+        metadata = self.metadata
+        if "vocabulary" in metadata:  # of the prompts' tokens it would tell all but the order
+            kept = set(map(str, token_ids_in(events)))
+            metadata = {**metadata, "vocabulary": {i: t for i, t in metadata["vocabulary"].items() if i in kept}}
+        return Trace(events, metadata)
 
     # ---- Chrome / Perfetto ----
 
-    def chrome_events(self) -> list[dict[str, Any]]:
-        """The run in Chrome's trace event format: steps, the spans of each request, counters. Times in microseconds."""
-        state = self.state()
-        if not self.events:
-            return []
-        origin, end = self.events[0].t_ns, self.events[-1].t_ns
-
-        def us(t_ns: int) -> float:
-            return (t_ns - origin) / 1e3
-
-        found = [_named("process_name", 1, 0, "engine"), _named("process_name", 2, 0, "requests"),
-                 _named("thread_name", 1, 1, "steps")]
-        for step in state.steps:
-            found.append({"ph": "X", "pid": 1, "tid": 1, "name": f"step {step.step}", "cat": "step",
-                          "ts": us(step.begin_ns), "dur": us(step.end_ns or end) - us(step.begin_ns),
-                          "args": {"tokens": step.num_tokens, "requests": len(step.batch), "error": step.error}})
-            found.append({"ph": "C", "pid": 1, "name": "tokens in the step", "ts": us(step.begin_ns),
-                          "args": {"tokens": step.num_tokens}})
-        for row, request in enumerate(state.requests.values(), start=1):
-            found.append(_named("thread_name", 2, row, f"request {request.request_id}"))
-            for span in request.spans:
-                found.append({"ph": "X", "pid": 2, "tid": row, "name": span.kind, "cat": "request",
-                              "ts": us(span.start_ns), "dur": us(span.end_ns or end) - us(span.start_ns),
-                              "args": {"prompt tokens": request.num_prompt_tokens,
-                                       "cached": request.num_cached_tokens}})
-        return [*found, *self._used_blocks(us)]
-
     def to_chrome(self, path: str | Path) -> Path:
-        """Write it for chrome://tracing or ui.perfetto.dev."""
+        """Write it for ui.perfetto.dev or chrome://tracing: steps, the spans of each request, counters."""
         path = Path(path)
-        path.write_text(json.dumps({"traceEvents": self.chrome_events(), "displayTimeUnit": "ms",
-                                    "otherData": self.metadata}), encoding="utf-8")
+        about = {name: value for name, value in self.metadata.items() if name != "vocabulary"}
+        path.write_bytes(_json({"traceEvents": list(chrome_events(self.events)), "displayTimeUnit": "ms",
+                                "otherData": about}))
         return path
 
-    def _used_blocks(self, us) -> Iterator[dict[str, Any]]:
-        state = EngineState()
-        for event in self.events:
-            state.apply(event)
-            if event.kind.startswith("blocks_"):
-                yield {"ph": "C", "pid": 1, "name": "KV blocks in use", "ts": us(event.t_ns),
-                       "args": {"blocks": state.num_used_blocks}}
+
+def _is_compressed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
 
 
-def _named(what: str, pid: int, tid: int, name: str) -> dict[str, Any]:
-    return {"ph": "M", "pid": pid, "tid": tid, "name": what, "args": {"name": name}}
+@contextlib.contextmanager
+def _open(path: Path, mode: str, compressed: bool) -> Iterator[Any]:
+    """The file, as bytes. Of time and name nothing goes into a compressed one: the same trace, the same bytes."""
+    with path.open(mode) as raw:
+        if not compressed:
+            yield raw
+            return
+        with gzip.GzipFile(filename="", mode=mode, fileobj=raw, mtime=0) as file:
+            yield file
+
+
+def _json(value: Any, what: str = "this trace") -> bytes:
+    """One line. Raises TraceError for what JSON cannot hold."""
+    try:
+        text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        try:
+            return f"{text}\n".encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, which UTF-8 cannot hold and JSON can
+            return f"{json.dumps(value, separators=(',', ':'))}\n".encode()
+    except (RecursionError, TypeError, ValueError) as problem:
+        raise TraceError(f"{what} cannot be written as JSON ({problem}): {str(value)[:200]}") from None
+
+
+def _parse(line: bytes) -> Any:
+    return json.loads(line.decode())
+
+
+def _event(line: bytes) -> Event:
+    event = Event(*_parse(line))
+    for name in ("seq", "t_ns", "step"):
+        if type(getattr(event, name)) is not int:
+            raise ValueError(f"its {name} must be a whole number, got {getattr(event, name)!r}")
+    if event.kind == "tokens":
+        return event._replace(a=tuple(map(tuple, event.a)))
+    if event.kind == "step_begun":
+        return event._replace(b=tuple(map(tuple, event.b)))
+    return event
+
+
+def _check_header(path: Path, header: Any) -> dict[str, Any]:
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise TraceError(f"{path} is not a {FORMAT} file: its first line must say so")
+    if header.get("version") != VERSION:
+        raise TraceError(f"{path} is of version {header.get('version')!r}; this tinyvllm reads version {VERSION}")
+    return {name: value for name, value in header.items() if name not in ("format", "version")}

@@ -7,14 +7,18 @@ one by one: the same kernels and the same bits, but one can look between them.
 Weights of linear layers, and the embedding table, are packed (gemm/packing.py).
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from tinyvllm.kernels.argmax import argmax_cpu
 from tinyvllm.kernels.attention.cpu import attention_cpu
+from tinyvllm.kernels.attention.pool import pool_uint8_cpu
+from tinyvllm.kernels.attention.rows import attention_rows_cpu
 from tinyvllm.kernels.embedding import embedding_cpu, gather_rows_cpu
 from tinyvllm.kernels.gemm.cpu import linear_cpu
 from tinyvllm.kernels.jit import cpu_jit
+from tinyvllm.kernels.keep_rows import keep_rows_cpu
 from tinyvllm.kernels.kv_cache import write_kv_cpu
 from tinyvllm.kernels.residual_add import residual_add_cpu
 from tinyvllm.kernels.rms_norm import add_rms_norm_cpu, rms_norm_cpu
@@ -24,7 +28,7 @@ from tinyvllm.kernels.silu_mul import silu_mul_cpu
 from tinyvllm.kernels.threads import KERNEL_LOCK, configure_threads
 from tinyvllm.model import llama
 
-__all__ = ["OPS", "compiled_forward", "eager_forward"]
+__all__ = ["OPS", "compiled_forward", "eager_forward", "exclusive"]
 
 OPS = {
     "embedding": embedding_cpu,
@@ -37,6 +41,9 @@ OPS = {
     "attention": attention_cpu,
     "silu_mul": silu_mul_cpu,
     "gather_rows": gather_rows_cpu,
+    "keep_rows": keep_rows_cpu,
+    "attention_rows": attention_rows_cpu,
+    "pool_uint8": pool_uint8_cpu,
     "argmax": argmax_cpu,
     "sample": sample_cpu,
 }
@@ -52,6 +59,14 @@ def compiled_forward() -> Callable:
 def eager_forward() -> Callable:
     """model.llama.forward, calling the same kernels one by one from Python."""
     return _guarded(llama.bind(OPS))
+
+
+@contextlib.contextmanager
+def exclusive() -> Iterator[None]:
+    """Kernels called in here have the threads to themselves, as many as are set up."""
+    with KERNEL_LOCK:
+        configure_threads()
+        yield
 
 
 def _guarded(forward: Callable) -> Callable:

@@ -19,9 +19,12 @@ from types import MappingProxyType
 from tinyvllm.errors import ConfigError
 from tinyvllm.kernels.argmax import argmax_cuda
 from tinyvllm.kernels.attention.cuda import attention_cuda
+from tinyvllm.kernels.attention.pool import pool_uint8_cuda
+from tinyvllm.kernels.attention.rows import attention_rows_cuda
 from tinyvllm.kernels.embedding import embedding_cuda, gather_rows_cuda
 from tinyvllm.kernels.gemm.cublas import linear_cublas_cuda
 from tinyvllm.kernels.gemm.cuda import linear_cuda
+from tinyvllm.kernels.keep_rows import keep_rows_cuda
 from tinyvllm.kernels.kv_cache import write_kv_cuda
 from tinyvllm.kernels.residual_add import residual_add_cuda
 from tinyvllm.kernels.rms_norm import add_rms_norm_cuda, rms_norm_cuda
@@ -42,6 +45,9 @@ OPS = MappingProxyType({
     "attention": attention_cuda,
     "silu_mul": silu_mul_cuda,
     "gather_rows": gather_rows_cuda,
+    "keep_rows": keep_rows_cuda,
+    "attention_rows": attention_rows_cuda,
+    "pool_uint8": pool_uint8_cuda,
     "argmax": argmax_cuda,
     "sample": sample_cuda,
 })

@@ -31,7 +31,7 @@ except Exception as error:  # not installed, or broken by a mismatch of versions
 else:
     _IMPORT_ERROR = None
 
-__all__ = ["cuda", "simulated", "cuda_available", "require_cuda", "compute_capability",
+__all__ = ["cuda", "simulated", "cuda_available", "require_cuda", "compute_capability", "device_name",
            "kernel", "device_function", "pointer",
            "workspace", "ceil_div", "block_threads", "row_grid", "array_or_empty"]
 
@@ -76,8 +76,7 @@ def require_cuda() -> None:
                           f"{advice}")
     if capability < MINIMUM_COMPUTE_CAPABILITY:
         need = ".".join(map(str, MINIMUM_COMPUTE_CAPABILITY))
-        name = cuda.get_current_device().name
-        name = name.decode() if isinstance(name, bytes) else name
+        name = device_name()
         has = ".".join(map(str, capability))
         raise DeviceError(f"this GPU ({name}) has compute capability {has}; tinyvllm's kernels need {need} "
                           f"or newer (bf16 tensor cores). {advice}")
@@ -86,6 +85,14 @@ def require_cuda() -> None:
 def compute_capability() -> tuple[int, int]:
     """Of the current device, e.g. (9, 0)."""
     return tuple(cuda.get_current_device().compute_capability)
+
+
+def device_name() -> str:
+    """What the current GPU calls itself."""
+    if simulated():
+        return "numba's CUDA simulator"
+    name = cuda.get_current_device().name
+    return name.decode() if isinstance(name, bytes) else name
 
 
 # ---- compiling ----

@@ -57,7 +57,12 @@ class DeviceArray:
         return self.shape[0]
 
     def __getitem__(self, index) -> "DeviceArray":
-        """Along the first axis: a number, or a slice without a step."""
+        """Along the first axis: a number, or a slice without a step; or numbers for the first axes, a slice at last."""
+        if isinstance(index, tuple):
+            part = self
+            for number in index:
+                part = part[number]
+            return part
         length, rest = self.shape[0], self.shape[1:]
         owner = self.owner if isinstance(self.owner, DeviceArray) else self
         pitch = math.prod(rest) * self.dtype.itemsize

@@ -121,6 +121,12 @@ class SafetensorsFile:
         """The header's bytes as they stand in the file."""
         return self._map[8 : self.data_start]
 
+    def read(self, begin: int, end: int) -> bytes:
+        """The bytes begin to end of the file, copied. Raises ValueError for a place outside of it."""
+        if not 0 <= begin <= end <= self.size:
+            raise ValueError(f"bytes {begin:,} to {end:,} are not in this file of {self.size:,} bytes")
+        return self._map[begin:end]
+
     # ---- opening and checking ----
 
     def _error(self, problem: str) -> ModelFileError:

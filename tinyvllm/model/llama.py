@@ -18,6 +18,8 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 
 class Dims(NamedTuple):
     """The sizes and constants of a model that its forward pass needs."""
@@ -58,6 +60,17 @@ class KVCache(NamedTuple):
     v: Any
 
 
+class Watch(NamedTuple):
+    """Where to keep rows of this step for who looks into the engine (runner/watch.py)."""
+
+    queries: Any  # [L, P, Hq * D]: query vectors after RoPE, by position
+    residual: Any  # [L + 1, P, H]: the residual stream as it enters each layer, and as it leaves the last
+    positions: Any  # int32 [T]: where each row is kept, -1 for a row that is not; [0] while nothing is watched
+
+
+NOT_WATCHED = Watch(np.empty((0, 0, 0), np.uint16), np.empty((0, 0, 0), np.uint16), np.empty(0, np.int32))
+
+
 class Batch(NamedTuple):
     """One step's inputs: T tokens of R requests, decode requests (one row each) first. int32 unless noted."""
 
@@ -69,6 +82,7 @@ class Batch(NamedTuple):
     query_start_loc: Any  # [R + 1]: request r owns rows query_start_loc[r] : query_start_loc[r + 1]
     logits_indices: Any  # [S]: the rows whose next token is wanted
     num_decodes: int
+    watch: Watch = NOT_WATCHED
 
 
 class Buffers(NamedTuple):
@@ -97,13 +111,16 @@ def forward(w, kv, batch, buf, dims):
     attn = buf.attn[:num_tokens]
     gate_up = buf.gate_up[:num_tokens]
     act = buf.act[:num_tokens]
+    watch = batch.watch
 
     embedding(residual, batch.input_ids, w.embed)
     rms_norm(hidden, residual, w.input_norm[0], dims.eps)
     for layer in range(dims.num_layers):
+        keep_rows(watch.residual, layer, residual, watch.positions)
         # Attention: every token looks back over its own request's cached keys, itself included.
         linear(qkv, hidden, w.qkv[layer], w.qkv_bias[layer])
         rope(qkv, batch.positions, w.cos_sin, dims.num_heads, dims.num_kv_heads, dims.head_dim)
+        keep_rows(watch.queries, layer, qkv, watch.positions)
         write_kv(kv.k[layer], kv.v[layer], qkv, batch.slot_mapping,
                  dims.num_heads, dims.num_kv_heads, dims.head_dim, dims.block_size)
         attention(attn, qkv, kv.k[layer], kv.v[layer], batch.block_tables, batch.seq_lens, batch.query_start_loc,
@@ -118,6 +135,7 @@ def forward(w, kv, batch, buf, dims):
             add_rms_norm(hidden, residual, hidden, w.input_norm[layer + 1], dims.eps)
         else:
             add_rms_norm(hidden, residual, hidden, w.final_norm, dims.eps)
+    keep_rows(watch.residual, dims.num_layers, residual, watch.positions)
 
     # Only the rows that are sampled from need logits: the vocabulary is by far the widest matrix.
     last = buf.last[:num_logits]
@@ -126,7 +144,7 @@ def forward(w, kv, batch, buf, dims):
 
 
 OP_NAMES = ("embedding", "rms_norm", "add_rms_norm", "linear", "rope", "write_kv", "attention", "silu_mul",
-            "gather_rows")
+            "gather_rows", "keep_rows")
 
 
 def bind(ops: Mapping[str, Callable]) -> Callable:

@@ -1,6 +1,7 @@
 """What a backend is: where arrays live, and the operations on them. The rest of the engine asks for nothing else."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,7 +11,8 @@ class Backend(Protocol):
     """Memory and operations of one device. Arrays are NumPy arrays on the CPU and device arrays on a GPU."""
 
     name: str  # "cpu" or "cuda"
-    forward: Callable  # tinyvllm.model.llama.forward over this backend's operations
+    operations: Mapping[str, Callable]  # one by one, by name: for model.llama.bind, and for looking (tinyvllm/probe)
+    forward: Callable  # tinyvllm.model.llama.forward over these operations; it honours `batch.watch`
     argmax: Callable
     sample: Callable
 
@@ -25,6 +27,12 @@ class Backend(Protocol):
     def put_linear(self, destination: Any, row_offset: int, rows: np.ndarray) -> None:
         """Copy rows [n, K] of a linear weight into place, in this backend's layout."""
 
+    def read_linear(self, source: Any, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Elements of a linear weight as the checkpoint has them: uint16 [len(rows), len(columns)], copied."""
+
+    def write_linear(self, destination: Any, row: int, column: int, bits: int) -> None:
+        """Replace one element of a linear weight."""
+
     def put(self, destination: Any, row_offset: int, rows: np.ndarray) -> None:
         """Copy a host array into destination[row_offset:row_offset + len(rows)]."""
 
@@ -33,6 +41,9 @@ class Backend(Protocol):
 
     def download(self, source: Any) -> np.ndarray:
         """Copy to the host, waiting for the device."""
+
+    def exclusive(self) -> AbstractContextManager:
+        """Operations are called in here, so that threads do not get into each other's way; `forward` does it itself."""
 
     def memory_info(self) -> tuple[int, int]:
         """(free, total) bytes."""

@@ -26,7 +26,8 @@ class BatchBuilder:
         self.block_size = block_size
         sizes = {"input_ids": max_num_batched_tokens, "positions": max_num_batched_tokens,
                  "slot_mapping": max_num_batched_tokens, "block_tables": max_num_seqs * max_blocks_per_seq,
-                 "seq_lens": max_num_seqs, "query_start_loc": max_num_seqs + 1, "logits_indices": max_num_seqs}
+                 "seq_lens": max_num_seqs, "query_start_loc": max_num_seqs + 1, "logits_indices": max_num_seqs,
+                 "watch_positions": max_num_batched_tokens}
         self.host = {name: np.zeros(size, np.int32) for name, size in sizes.items()}
         self.device = {name: allocate((size,), np.int32) for name, size in sizes.items()}
         self._upload = upload
@@ -71,3 +72,11 @@ class BatchBuilder:
                      seq_lens=device("seq_lens", num_requests),
                      query_start_loc=device("query_start_loc", num_requests + 1),
                      logits_indices=device("logits_indices", num_logits), num_decodes=output.num_decodes)
+
+    def upload_watch(self, batch: Batch) -> Batch:
+        """The batch with `watch.positions`, if there are any, copied from the host to the device."""
+        watch = batch.watch
+        if not watch.positions.shape[0]:
+            return batch
+        positions = self._upload(self.device["watch_positions"], watch.positions)
+        return batch._replace(watch=watch._replace(positions=positions))

@@ -6,7 +6,7 @@ import numpy as np
 
 from tinyvllm.errors import OutOfDeviceMemoryError
 from tinyvllm.kernels import cpu_backend
-from tinyvllm.kernels.gemm.packing import pack_rows, packed_shape
+from tinyvllm.kernels.gemm.packing import pack_rows, packed_place, packed_shape
 from tinyvllm.units import format_bytes
 
 
@@ -17,8 +17,8 @@ class CPUBackend:
 
     def __init__(self, enforce_eager: bool = False):
         self.forward = cpu_backend.eager_forward() if enforce_eager else cpu_backend.compiled_forward()
-        self.argmax = cpu_backend.OPS["argmax"]
-        self.sample = cpu_backend.OPS["sample"]
+        self.operations = cpu_backend.OPS
+        self.argmax, self.sample = self.operations["argmax"], self.operations["sample"]
 
     def linear_shape(self, num_rows: int, num_columns: int) -> tuple[int, ...]:
         return packed_shape(num_rows, num_columns)
@@ -41,6 +41,12 @@ class CPUBackend:
     def put_linear(self, destination, row_offset, rows) -> None:
         pack_rows(destination, row_offset, rows)
 
+    def read_linear(self, source, rows, columns) -> np.ndarray:
+        return source[packed_place(rows[:, None], columns[None, :])]
+
+    def write_linear(self, destination, row, column, bits) -> None:
+        destination[packed_place(row, column)] = bits
+
     def put(self, destination, row_offset, rows) -> None:
         destination[row_offset:row_offset + len(rows)] = rows
 
@@ -49,6 +55,9 @@ class CPUBackend:
 
     def download(self, source) -> np.ndarray:
         return source
+
+    def exclusive(self):
+        return cpu_backend.exclusive()
 
     def memory_info(self) -> tuple[int, int]:
         page = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0

@@ -1,5 +1,7 @@
 """An NVIDIA GPU as a backend: device memory and numba.cuda kernels, launched one by one or fused and replayed."""
 
+import contextlib
+
 import numpy as np
 
 from tinyvllm.errors import OutOfDeviceMemoryError
@@ -35,6 +37,7 @@ class CUDABackend:
             self._fuse()
 
     def _bind(self, operations) -> None:
+        self.operations = operations
         self.eager_forward = self.forward = llama.bind(operations)  # one by one, whatever else there is
         self.argmax, self.sample = operations["argmax"], operations["sample"]
 
@@ -49,7 +52,8 @@ class CUDABackend:
 
         def forward(w, kv, batch, buf, dims):
             cuda.current_context()
-            (fused_forward if can_run(w, dims) else eager_forward)(w, kv, batch, buf, dims)
+            fast = can_run(w, dims) and not batch.watch.positions.shape[0]  # who watches looks between the operations
+            (fused_forward if fast else eager_forward)(w, kv, batch, buf, dims)
 
         def argmax(ids, logits):
             cuda.current_context()
@@ -102,6 +106,15 @@ class CUDABackend:
     def put_linear(self, destination, row_offset, rows) -> None:
         self.put(destination, row_offset, rows)
 
+    def read_linear(self, source, rows, columns) -> np.ndarray:
+        if not rows.size or not columns.size:
+            return np.empty((rows.size, columns.size), np.uint16)
+        first, last = int(rows.min()), int(rows.max())
+        return source[first:last + 1].copy_to_host()[np.ix_(rows - first, columns)]
+
+    def write_linear(self, destination, row, column, bits) -> None:
+        destination[row, column:column + 1].copy_to_device(np.array([bits], np.uint16))
+
     def put(self, destination, row_offset, rows) -> None:
         rows = np.ascontiguousarray(rows)
         destination[row_offset:row_offset + len(rows)].copy_to_device(rows)
@@ -123,6 +136,9 @@ class CUDABackend:
         self.fused.stream.copy_to_host(host.ctypes.data, source.address, host.nbytes)
         self.fused.stream.synchronize()
         return host
+
+    def exclusive(self):
+        return contextlib.nullcontext()  # one stream: one operation after the other
 
     def memory_info(self) -> tuple[int, int]:
         info = cuda.current_context().get_memory_info()

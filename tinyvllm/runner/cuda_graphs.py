@@ -92,6 +92,7 @@ class DecodeGraphs:
         def wait() -> dict[str, int]:
             self.stream.synchronize()
             self._under_way = False
+            self.runner.last_sampled = requests
             return {request.request_id: token for request, token in zip(requests, self._tokens[:count].tolist())}
 
         return wait

@@ -9,6 +9,7 @@ from tinyvllm.model.config import ModelConfig
 from tinyvllm.model.llama import Buffers, Dims, KVCache, Weights
 from tinyvllm.runner.backend import Backend
 from tinyvllm.runner.batch import BatchBuilder
+from tinyvllm.runner.watch import RequestWatch
 
 
 class ModelRunner:
@@ -36,7 +37,11 @@ class ModelRunner:
         self._sampling_device = {name: backend.empty((max_num_seqs,), dtype) for name, dtype in dtypes.items()}
         self.token_ids = backend.empty((max_num_seqs,), np.int32)  # what was sampled last, on the device
         self.max_num_seqs, self.max_blocks = max_num_seqs, max_blocks
-        self.eager = False  # set it for steps between whose operations somebody wants to look (watching, profiling)
+        # For who looks in between two steps (tinyvllm/probe):
+        self.watch: RequestWatch | None = None  # keeps what one request's tokens look like on their way
+        self.profiler = None  # has a backend's forward, argmax and sample, for the next step only, and `finish`
+        self.last_sampled: list = []  # the requests whose logits are in buffers.logits, row by row
+        self.eager = False  # launch the operations of model/llama.py one by one, also where there is a faster way
         if getattr(backend, "fused", None) is not None:
             self.begin = self._begin  # launches return before the work is done: see LLMEngine.step
         self._graphs = backend.decode_graphs(self) if hasattr(backend, "decode_graphs") else None
@@ -47,28 +52,38 @@ class ModelRunner:
 
     def _begin(self, output: SchedulerOutput) -> Callable[[], dict[str, int]]:
         """Start a step; returns what waits for it and gives execute's answer. One step at a time."""
-        if self._graphs is not None and not self.eager and self._graphs.can_run(output):
+        self.last_sampled = []
+        looked_at = self.eager or self.watch is not None or self.profiler is not None
+        if self._graphs is not None and not looked_at and self._graphs.can_run(output):
             return self._graphs.begin(output)
         batch = self.builder.build(output)
-        forward = getattr(self.backend, "eager_forward", self.backend.forward) if self.eager else self.backend.forward
+        if self.watch is not None:
+            batch = self.builder.upload_watch(self.watch.enter(batch, output))
+        profiler, self.profiler = self.profiler, None
+        compute = self.backend if profiler is None else profiler
+        forward = getattr(self.backend, "eager_forward", compute.forward) if self.eager else compute.forward
         forward(self.weights, self.kv_cache, batch, self.buffers, self.dims)
         requests = [scheduled.request for scheduled in output.scheduled if scheduled.sample]
-        if not requests:
-            return dict
-        token_ids = self.sample(requests)
+        token_ids = self.sample(requests, compute) if requests else None
 
         def wait() -> dict[str, int]:
-            tokens = self.backend.download(token_ids).tolist()
+            tokens = self.backend.download(token_ids).tolist() if requests else []
+            if self.watch is not None:
+                self.watch.leave()
+            self.last_sampled = requests
+            if profiler is not None:
+                profiler.finish(batch)
             return {request.request_id: token for request, token in zip(requests, tokens)}
 
         return wait
 
-    def sample(self, requests):
+    def sample(self, requests, compute=None):
         """The next tokens of requests whose logits are the first rows of the buffer, on the device."""
+        compute = self.backend if compute is None else compute
         num = len(requests)
         token_ids, logits = self.token_ids[:num], self.buffers.logits[:num]
         if all(request.params.temperature == 0 for request in requests):
-            self.backend.argmax(token_ids, logits)
+            compute.argmax(token_ids, logits)
             return token_ids
         host = self._sampling_host
         for i, request in enumerate(requests):
@@ -78,8 +93,8 @@ class ModelRunner:
             host["seed"][i] = request.seed
             host["position"][i] = request.num_tokens  # the position that the new token will take
         device = {name: self.backend.upload(self._sampling_device[name], host[name][:num]) for name in host}
-        self.backend.sample(token_ids, logits, device["temperature"], device["top_k"], device["top_p"],
-                            device["seed"], device["position"])
+        compute.sample(token_ids, logits, device["temperature"], device["top_k"], device["top_p"],
+                       device["seed"], device["position"])
         return token_ids
 
 

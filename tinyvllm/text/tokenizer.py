@@ -1,6 +1,7 @@
 """Text to token ids and back, and conversations to prompts: tokenizer.json with the model's chat template."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import tokenizers
 
 from tinyvllm.errors import ModelNotFoundError, RequestError, TokenizerError
 from tinyvllm.loader.json_file import read_json_object, refuse_dangling_link
+from tinyvllm.text.bpe_steps import BpeSteps
 from tinyvllm.text.chat_template import ChatTemplate, read_chat_template
 from tinyvllm.text.detokenizer import IncrementalDetokenizer
 from tinyvllm.text.token_bytes import TokenBytes
@@ -118,6 +120,11 @@ class Tokenizer:
     ) -> IncrementalDetokenizer:
         """A detokenizer for one request; options as in IncrementalDetokenizer."""
         return IncrementalDetokenizer(self, stop, **options)
+
+    @cached_property
+    def bpe_steps(self) -> BpeSteps:
+        """How it merges bytes into tokens, step by step. Raises TokenizerError if it is not byte-level BPE."""
+        return BpeSteps(self._tokenizer, self.origin)
 
     def check_fits(self, vocab_size: int) -> None:
         """Raise TokenizerError if this tokenizer makes ids that a model of `vocab_size` embeddings lacks."""

@@ -11,6 +11,9 @@ table.
 
     cpu.py              the CPU's kernel, with vectors.py for its inner loops
 
+    rows.py             rows of the weights themselves, for whoever looks into the engine (tinyvllm/probe)
+    pool.py             the same made small enough to send
+
 All of them cut the context at fixed positions, counted from its first token, and add in that order. So what a
 row gets from a kernel does not depend on how its prompt was cut into chunks, on what was in the cache
 already, or on the batch around it. (On the GPU, prefill and decode cut differently: the last bits of a row

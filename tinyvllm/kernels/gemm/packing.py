@@ -20,7 +20,7 @@ from numba import prange
 from tinyvllm.kernels.jit import cpu_jit
 from tinyvllm.kernels.threads import KERNEL_LOCK, configure_threads
 
-__all__ = ["PANEL", "packed_shape", "pack_linear", "pack_rows", "unpack_linear"]
+__all__ = ["PANEL", "packed_shape", "packed_place", "pack_linear", "pack_rows", "unpack_linear"]
 
 PANEL = 16  # outputs in a panel: float32 lanes of a 512-bit register
 
@@ -28,6 +28,11 @@ PANEL = 16  # outputs in a panel: float32 lanes of a 512-bit register
 def packed_shape(num_rows: int, num_columns: int) -> tuple[int, int, int]:
     """Shape of the packed form of a [num_rows, num_columns] weight."""
     return -(-num_rows // PANEL), -(-num_columns // 2), 2 * PANEL
+
+
+def packed_place(row, column):
+    """Index of weight[row, column] in its packed form; whole arrays of indices may be given."""
+    return row // PANEL, column // 2, 2 * (row % PANEL) + column % 2
 
 
 def pack_linear(weight: np.ndarray) -> np.ndarray:

@@ -1,0 +1,114 @@
+"""The pictures that a reader sees without running anything: posters in the notebooks, and the README's.
+
+    python -m tests.browser.pictures                    # all of them, a few minutes
+    python -m tests.browser.pictures 02_bfloat16        # the posters of one notebook
+
+Each notebook is run in a real JupyterLab. What its cells printed stays as their output; in the place of each widget,
+whose state would be megabytes and which GitHub cannot show, stands a picture of it as it was at the end of the run.
+"""
+
+import base64
+import io
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+from PIL import Image
+from tqdm.auto import tqdm
+
+from tests.browser.chromium import shared_browser
+from tests.browser.lab import REPOSITORY, Lab, LabPage
+
+NOTEBOOKS = REPOSITORY / "notebooks"
+PICTURES = NOTEBOOKS / "pictures"
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+SETTLE_MS = 1500  # for the last frames to be drawn
+CAPTURE = {"frames": 40, "every_ms": 180, "width": 860, "height": 1000}
+
+
+def small_png(shot: bytes, colours: int = 96) -> bytes:
+    """A screenshot with a palette: a quarter of the bytes, and nobody sees it."""
+    out = io.BytesIO()
+    image = Image.open(io.BytesIO(shot)).convert("RGB")
+    image.quantize(colours, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+def add_posters(page: LabPage, path: Path) -> None:
+    """Run the notebook at `path`, which `page` shows, and write it back with outputs and posters."""
+    page.run_all(timeout=180)
+    page.page.wait_for_timeout(SETTLE_MS)
+    cells = page.page.locator(".jp-Notebook .jp-Cell")
+    notebook = nbformat.read(path, 4)
+    page.command("docmanager:save")
+    page.page.wait_for_timeout(1500)
+    told = nbformat.read(path, 4)
+    for index, (cell, ran) in enumerate(zip(notebook.cells, told.cells)):
+        if cell.cell_type != "code":
+            continue
+        cell.execution_count, cell.metadata = None, {}
+        seen = [static(output, cells.nth(index), number) for number, output in enumerate(ran.get("outputs", []))]
+        cell.outputs = [output for output in seen if output is not None]
+    notebook.metadata.pop("widgets", None)
+    nbformat.write(notebook, path)
+
+
+def static(output, cell, number: int):
+    """An output as a reader sees it without a kernel; None for what is nothing then, such as a progress bar."""
+    if output.output_type == "stream":
+        return output if output.name == "stdout" else None
+    data = output.get("data", {})
+    if WIDGET_VIEW not in data:
+        output.pop("execution_count", None)
+        if output.output_type == "execute_result":
+            output.execution_count = None
+        return output
+    shown = cell.locator(".jp-OutputArea-child").nth(number).locator(".jp-OutputArea-output")
+    if shown.locator(".tv-panel").count() == 0:
+        return None
+    shown.scroll_into_view_if_needed()
+    shown.page.wait_for_timeout(700)  # what is out of sight is not drawn
+    png = small_png(shown.screenshot())
+    return nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(png).decode(),
+                                                   "text/plain": data.get("text/plain", "")})
+
+
+def capture(page: LabPage, path: Path) -> None:
+    """An animation of the dashboard's first panels while it generates."""
+    area = page.page.locator(".tv-panel").first.locator("xpath=ancestor::div[contains(@class,'jp-OutputArea-output')]")
+    area.scroll_into_view_if_needed()
+    box = area.bounding_box()
+    clip = {"x": box["x"], "y": box["y"], "width": box["width"], "height": min(box["height"], CAPTURE["height"])}
+    size = CAPTURE["width"], round(clip["height"] * CAPTURE["width"] / clip["width"])
+    frames = []
+    for _ in tqdm(range(CAPTURE["frames"]), desc="capture"):
+        shot = Image.open(io.BytesIO(page.page.screenshot(clip=clip))).convert("RGB")
+        frames.append(shot.resize(size, Image.Resampling.LANCZOS))
+        page.page.wait_for_timeout(CAPTURE["every_ms"])
+    palette = frames[-1].quantize(64)
+    small = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    small[0].save(path, save_all=True, append_images=small[1:], duration=200, loop=0, optimize=True)
+
+
+def main(names: list[str]) -> None:
+    chosen = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if not names or path.stem in names]
+    if not chosen:
+        raise SystemExit(f"no notebook is called {', '.join(names)}")
+    PICTURES.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(NOTEBOOKS, Path(folder) / "notebooks")
+        with Lab(Path(folder)) as lab:
+            for path in tqdm(chosen, desc="notebooks"):
+                copy = Path(folder) / "notebooks" / path.name
+                page = lab.open(f"notebooks/{path.name}", height=2400)
+                add_posters(page, copy)
+                assert page.errors == [] and page.outside == [], (page.errors, page.outside)
+                shutil.copy(copy, path)
+                page.shutdown()
+    shared_browser.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,59 @@
+"""One engine's events as a feed reads them: in order, none twice, and whole again after a gap."""
+
+from typing import Any
+
+from tinyvllm.engine.events import Event
+from tinyvllm.engine.history import History
+from tinyvllm.engine.state import EngineState
+
+
+class Reader:
+    """Follows a source's log and keeps the state, and the history behind it.
+
+    source: a LiveEngine, a ReplayEngine or anything with `events`, `tell_again`, `now_ns`; or None: nothing to read.
+    """
+
+    def __init__(self, source: Any):
+        self.source = source
+        self.history = History()
+        self.origin_ns: int | None = None  # the first event's time: the page's time zero
+        self.num_gaps = 0
+        self._next_seq = 0
+        self._skip_to_config = False
+
+    @property
+    def state(self) -> EngineState:
+        """The state after the last event that was read."""
+        return self.history.state
+
+    def read(self) -> tuple[list[Event], list[Event], bool]:
+        """(everything since the last time, what of it is new, whether that begins anew after a gap).
+
+        What is told again because somebody else missed it, or records, is not new; what is new has been applied. After
+        a gap, what is left of the log is of no use: the source is asked to tell its state again, and nothing counts
+        until it has.
+        """
+        events, gap = self.source.events.read(self._next_seq)
+        if gap and self._next_seq:
+            self.num_gaps += 1
+            self._skip_to_config = True
+            self.source.tell_again()
+        if events:
+            self._next_seq = events[-1].seq + 1
+        anew = self._skip_to_config
+        if self._skip_to_config:
+            first = next((i for i, event in enumerate(events) if event.kind == "engine_config"), None)
+            if first is None:
+                return [], [], False
+            events, self._skip_to_config = events[first:], False
+        if events and self.origin_ns is None:
+            self.origin_ns = events[0].t_ns
+        return events, [event for event in events if self.history.apply(event)], anew
+
+    def ms(self, t_ns: int) -> float:
+        """An event's time in the page's unit: milliseconds since the origin."""
+        return (t_ns - (t_ns if self.origin_ns is None else self.origin_ns)) / 1e6
+
+    def state_at(self, ms: float) -> EngineState:
+        """The state at a time in the page's unit."""
+        return self.history.state_at(int((self.origin_ns or 0) + ms * 1e6))

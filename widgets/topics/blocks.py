@@ -1,0 +1,161 @@
+"""Topic "blocks": the pool of KV-cache blocks, who holds what, how full it is, what is shared, what is wasted.
+
+Of blocks, arrays with an entry for each; a delta has entries for the changed ones only, whose numbers are in `ids`:
+
+    ref      <u2   how many requests hold it
+    filled   <i4   how many of its slots hold keys of tokens
+    cached   |u1   1: the prefix cache can find it, held or not
+    owners   <i4   the keys of its owners, block after block, `ref` of each
+
+Of requests (those that have not ended), rows [key, request id, status, tokens computed, tokens, most tokens, tokens
+from the prefix cache], and the block tables of those whose table changed: `tables` <i4 with `table_sizes` <i4, in the
+order of `table_keys`. Keys are small numbers for request ids; `gone` lists those that ended.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from tinyvllm.engine.events import Event
+from tinyvllm.engine.state import EngineState, RequestState
+from widgets.frames import Payload
+from widgets.topics.base import Topic, register
+
+
+@register
+class BlocksTopic(Topic):
+    """The block map's data; see the top of this file."""
+
+    name = "blocks"
+    scrubbable = True
+
+    def __init__(self, feed: Any, **params: Any):
+        super().__init__(feed, **params)
+        self._keys: dict[str, int] = {}
+        self._next_key = 0
+        self._ref = self._filled = np.zeros(0, np.int32)
+        self._batch: list[list] = []  # of the step that runs
+        self.state: EngineState | None = None  # what the page sees: the answers speak of the same
+
+    def snapshot(self, state: EngineState) -> Payload:
+        self.state = state
+        self._batch = state.steps[-1].batch if state.steps else []
+        num_blocks = state.config.get("num_blocks", 0)
+        self._keys = {}
+        self._ref, self._filled = np.zeros(num_blocks, np.int32), np.zeros(num_blocks, np.int32)
+        blocks = self._blocks(state, range(num_blocks))
+        alive = [request for name, request in state.requests.items() if is_alive(state, name)]
+        rows = [self._row(request) for request in alive]
+        return Payload({"num_blocks": num_blocks, "block_size": state.config.get("block_size", 1),
+                        "max_model_len": state.config.get("max_model_len", 0),
+                        "caching": state.config.get("enable_prefix_caching", True), "rows": rows,
+                        **self._tables(alive, blocks), "totals": self._totals(state)}, blocks)
+
+    def delta(self, state: EngineState, events: list[Event]) -> Payload | None:
+        if self.state is not state or any(event.kind == "engine_config" for event in events):
+            return Payload({**(whole := self.snapshot(state)).data, "whole": True}, whole.arrays)
+        changed, touched, retabled, gone = self._changes(state, events)
+        if not (changed or touched or gone):
+            return None
+        ids = sorted(changed)
+        blocks = self._blocks(state, ids)
+        blocks["ids"] = np.array(ids, np.int32)
+        alive = [state.requests[name] for name in touched if is_alive(state, name)]
+        gone = [name for name in gone if not is_alive(state, name)]  # an id may be used again
+        rows = [self._row(request) for request in alive]
+        return Payload({"rows": rows, "gone": [self._keys.pop(name) for name in gone if name in self._keys],
+                        **self._tables([r for r in alive if r.request_id in retabled], blocks),
+                        "totals": self._totals(state)}, blocks)
+
+    # ---- details ----
+
+    def _key(self, request_id: str) -> int:
+        key = self._keys.get(request_id)
+        if key is None:
+            key = self._keys[request_id] = self._next_key
+            self._next_key += 1
+        return key
+
+    def _row(self, request: RequestState) -> list:
+        return [self._key(request.request_id), request.request_id, request.status, request.num_computed_tokens,
+                request.num_tokens, request.max_len, request.num_cached_tokens]
+
+    def _tables(self, requests: list[RequestState], arrays: dict[str, np.ndarray]) -> dict[str, list[int]]:
+        """Put the requests' block tables into `arrays`; whose they are, in order."""
+        arrays["tables"] = np.array([b for request in requests for b in request.block_ids], np.int32)
+        arrays["table_sizes"] = np.array([len(request.block_ids) for request in requests], np.int32)
+        return {"table_keys": [self._key(request.request_id) for request in requests]}
+
+    def _blocks(self, state: EngineState, ids: Iterable[int]) -> dict[str, np.ndarray]:
+        ids = np.asarray(ids, np.int32)
+        owners: list[int] = []
+        refs, filled = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32)
+        cached = np.zeros(len(ids), np.uint8)
+        for i, block_id in enumerate(ids.tolist()):
+            held_by = state.block_owners.get(block_id)
+            if held_by:
+                owners += map(self._key, held_by)
+                refs[i] = len(held_by)
+            cached[i] = block_id in state.cached_blocks
+            if held_by or cached[i]:
+                filled[i] = slots_filled(state, block_id)
+        self._ref[ids], self._filled[ids] = refs, filled
+        return {"ref": refs.astype(np.uint16), "filled": filled, "cached": cached,
+                "owners": np.array(owners, np.int32)}
+
+    def _changes(self, state: EngineState, events: list[Event]) -> tuple[set[int], dict[str, None], set[str], set[str]]:
+        """(blocks that changed, requests whose row changed, those whose table changed, those that ended)."""
+        blocks: set[int] = set()
+        touched: dict[str, None] = {}  # in order of arrival
+        retabled: set[str] = set()
+        gone: set[str] = set()
+        size = state.config.get("block_size", 1)
+        keeps = state.config.get("use_kv_cache", True)
+        for event in events:
+            kind, name = event.kind, event.request_id
+            if kind in ("blocks_allocated", "blocks_shared", "blocks_freed"):
+                blocks.update(event.a)
+                retabled.add(name)
+                touched[name] = None
+            elif kind == "block_cached":
+                blocks.add(event.a)
+            elif kind == "blocks_evicted":
+                blocks.update(event.a)
+            elif kind == "request_finished":
+                gone.add(name)
+            elif kind == "step_begun":
+                self._batch = event.b
+            elif kind == "step_ended":  # only now its keys are there; it may have begun a frame ago
+                for request_id, start, count, _ in self._batch:
+                    touched[request_id] = None
+                    table = state.requests[request_id].block_ids if request_id in state.requests else []
+                    blocks.update(table[start // size:-(-(start + count) // size)] if keeps else table)
+            elif kind.startswith("request_"):
+                touched[name] = None
+        return blocks, touched, retabled, gone
+
+    def _totals(self, state: EngineState) -> dict[str, int]:
+        """In slots, a shared block counted once: held, filled; saved by sharing; what the prefix cache found so far."""
+        held = self._ref > 0
+        size = state.config.get("block_size", 1)
+        return {"slots": int(held.sum()) * size, "filled": int(self._filled[held].sum()),
+                "saved": int(np.maximum(self._ref - 1, 0).sum()) * size,
+                "found": sum(request.num_cached_tokens for request in state.requests.values())}
+
+
+def is_alive(state: EngineState, request_id: str) -> bool:
+    """Whether a request is known and has not ended."""
+    request = state.requests.get(request_id)
+    return request is not None and request.finished_ns is None
+
+
+def slots_filled(state: EngineState, block_id: int) -> int:
+    """How many slots of a block hold keys. One that is only cached is full: nothing else is published."""
+    size = state.config.get("block_size", 1)
+    owners = state.block_owners.get(block_id)
+    if not owners:
+        return size if block_id in state.cached_blocks else 0
+    index = state.block_places[block_id][1]  # the same for all owners: a prefix has its place
+    computed = max((state.requests[name].num_computed_tokens for name in owners if name in state.requests), default=0)
+    return min(size, max(0, computed - index * size))

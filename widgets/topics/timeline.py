@@ -1,0 +1,147 @@
+"""Topic "timeline": every request's spans and prefill chunks, and every step with its tokens, as they come.
+
+A snapshot has what the state still keeps, a delta what is new. Strings travel once: a request has a number on the page
+from then on. The arrays, one row each:
+
+    step_*    step (number), begin, end (NaN: running), prefill, decode (tokens), rows (of the batch), failed
+    span_*    request (number), kind (index into KINDS), begin, end (NaN: open)
+    chunk_*   request (number), step, begin (of that step), start (position), count: the prefill chunks
+    request_* number, tokens (of the output), first (time of the first token; NaN: none yet), cached, preemptions,
+              status (index into STATUSES), end (NaN: not finished)
+
+Steps, spans and chunks of a delta take the place of those that begin at the same time or later.
+"""
+
+from math import nan
+from typing import Any
+
+import numpy as np
+
+from tinyvllm.engine.events import Event
+from tinyvllm.engine.state import EngineState, RequestState, StepState
+from widgets.figures import prefill_rows
+from widgets.frames import Payload
+from widgets.topics.base import Topic, register
+
+KINDS = ("waiting", "prefill", "decode", "preempted")
+STATUSES = ("waiting", "running", "preempted", "stop", "length", "abort")
+
+STEP = (("step", "<u4"), ("begin", "<f8"), ("end", "<f8"), ("prefill", "<u4"), ("decode", "<u4"), ("rows", "<u4"),
+        ("failed", "|u1"))
+SPAN = (("request", "<u4"), ("kind", "|u1"), ("begin", "<f8"), ("end", "<f8"))
+CHUNK = (("request", "<u4"), ("step", "<u4"), ("begin", "<f8"), ("start", "<u4"), ("count", "<u4"))
+REQUEST = (("number", "<u4"), ("tokens", "<u4"), ("first", "<f8"), ("cached", "<u4"), ("preemptions", "<u4"),
+           ("status", "|u1"), ("end", "<f8"))
+
+
+class Known:
+    """A request that the page knows: its number there, and which of its spans need not be told again."""
+
+    def __init__(self, number: int, added_ns: int):
+        self.number, self.added_ns = number, added_ns
+        self.settled = 0  # spans before this one are closed, and told
+        self.told_open = False  # the one at `settled` has been told, as open
+
+
+@register
+class TimelineTopic(Topic):
+    """The Gantt of a run. It shows all of it also while the feed's cursor looks at the past."""
+
+    name = "timeline"
+
+    def __init__(self, feed: Any, **params: Any):
+        super().__init__(feed, **params)
+        self._begin_again()
+
+    def snapshot(self, state: EngineState) -> Payload:
+        self._begin_again()
+        self._of = state.requests
+        return self._payload(state, list(state.steps), list(state.requests.values()), clear=True)
+
+    def delta(self, state: EngineState, events: list[Event]) -> Payload | None:
+        if state.requests is not self._of:  # the engine was reset, or told all anew after a gap
+            return self.snapshot(state)
+        touched: set[str] = set()
+        begun = 0
+        for event in events:
+            kind = event.kind
+            if kind == "step_begun":
+                begun += 1
+            elif kind == "tokens":
+                touched.update(token[0] for token in event.a)
+            elif kind.startswith("request_"):
+                touched.add(event.request_id)
+        fresh = min(len(state.steps), begun + self._step_is_open)
+        if not fresh and not touched:
+            return None
+        steps = [state.steps[i] for i in range(-fresh, 0)]
+        return self._payload(state, steps, [state.requests[i] for i in touched if i in state.requests], clear=False)
+
+    # ---- details ----
+
+    def _begin_again(self) -> None:
+        self._known: dict[str, Known] = {}
+        self._of: dict[str, RequestState] | None = None  # the requests that the page was told of
+        self._numbers = 0
+        self._step_is_open = False
+
+    def _payload(self, state: EngineState, steps: list[StepState], requests: list[RequestState],
+                 clear: bool) -> Payload:
+        requests = sorted(requests, key=lambda r: r.added_ns)
+        added, spans = [], []
+        for request in requests:
+            known = self._known.get(request.request_id)
+            if known is None or known.added_ns != request.added_ns:  # an id that is used again is another request
+                known = self._known[request.request_id] = Known(self._numbers, request.added_ns)
+                self._numbers += 1
+                added.append([known.number, request.request_id, request.num_prompt_tokens,
+                              self.feed.ms(request.added_ns)])
+            spans += self._new_spans(request)
+        step_rows, chunks = [], []
+        for step in steps:
+            row, pieces = self._step(step, state)
+            step_rows.append(row)
+            chunks += pieces
+        self._step_is_open = bool(state.steps) and state.steps[-1].end_ns is None
+        arrays = {}
+        for prefix, columns, rows in (("step", STEP, step_rows), ("span", SPAN, spans), ("chunk", CHUNK, chunks),
+                                      ("request", REQUEST, [self._figures(request) for request in requests])):
+            arrays |= _columns(prefix, columns, rows)
+        for request in requests:
+            if request.finished_ns is not None:
+                self._known.pop(request.request_id, None)  # nothing more will come of it
+        return Payload({"clear": clear, "added": added}, arrays)
+
+    def _ms(self, t_ns: int | None) -> float:
+        return nan if t_ns is None else self.feed.ms(t_ns)
+
+    def _new_spans(self, request: RequestState) -> list[tuple]:
+        known, spans = self._known[request.request_id], request.spans
+        is_open = spans[-1].end_ns is None
+        if known.told_open and is_open and known.settled == len(spans) - 1:
+            return []
+        rows = [(known.number, KINDS.index(span.kind), self.feed.ms(span.start_ns), self._ms(span.end_ns))
+                for span in spans[known.settled:]]
+        known.settled, known.told_open = len(spans) - is_open, is_open
+        return rows
+
+    def _step(self, step: StepState, state: EngineState) -> tuple[tuple, list[tuple]]:
+        prefills = prefill_rows(step.batch, state.requests)
+        begin = self.feed.ms(step.begin_ns)
+        num_prefill = sum(row[2] for row in prefills)
+        chunks = [(self._known[request_id].number, step.step, begin, start, count)
+                  for request_id, start, count, _ in prefills
+                  if request_id in self._known and state.requests[request_id].added_ns <= step.begin_ns]
+        return (step.step, begin, self._ms(step.end_ns), num_prefill, step.num_tokens - num_prefill, len(step.batch),
+                step.error is not None), chunks
+
+    def _figures(self, request: RequestState) -> tuple:
+        return (self._known[request.request_id].number, len(request.token_ids),
+                self._ms(request.token_ns[0] if request.token_ns else None), request.num_cached_tokens,
+                request.num_preemptions, STATUSES.index(request.status), self._ms(request.finished_ns))
+
+
+def _columns(prefix: str, columns: tuple[tuple[str, str], ...], rows: list[tuple]) -> dict[str, np.ndarray]:
+    if not rows:
+        return {}
+    return {f"{prefix}_{name}": np.array(values, dtype) for (name, dtype), values in zip(columns, zip(*rows))}
