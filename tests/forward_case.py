@@ -54,8 +54,9 @@ def _leading_ones(rows):
     return count
 
 
-def run_forward(case, ops, to_backend, to_host):
-    """(logits [S, V], k cache) after one step. to_backend copies an array to where `ops` works."""
+def run_forward(case, ops, to_backend, to_host, bind=bind):
+    """(logits [S, V], k cache) after one step. to_backend copies an array to where `ops` works; bind: llama's, or
+    llama_fused's."""
     weights, cache, batch, dims = case
     tokens, hidden, intermediate = len(batch.input_ids), weights.embed.shape[1], weights.down.shape[2]
     qkv_width, attn_width = weights.qkv.shape[1], weights.o.shape[2]

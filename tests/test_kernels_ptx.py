@@ -32,8 +32,10 @@ from tinyvllm.kernels import (  # noqa: E402
     softmax,
     spin,
 )
-from tinyvllm.kernels.attention import decode, decode_simple, pool, prefill, prefill_simple, rows  # noqa: E402
-from tinyvllm.kernels.gemm import cublas, gemv, naive, tensor_core, tiled  # noqa: E402
+from tinyvllm.kernels.attention import combine, decode, decode_simple, pool, prefill, prefill_simple  # noqa: E402
+from tinyvllm.kernels.attention import rows as attention_rows  # noqa: E402
+from tinyvllm.kernels.fused import greedy, rope_write, rows  # noqa: E402
+from tinyvllm.kernels.gemm import cublas, few_rows, gemv, naive, skinny, tensor_core, tiled, wgmma  # noqa: E402
 
 CAPABILITIES = [(8, 0), (9, 0)]
 
@@ -68,7 +70,7 @@ LESSON = {"gather": (embedding._gather_kernel, "u2 u2 i1"),
           "decode_simple": (decode_simple._decode_simple_kernel,
                             "f1 u2 u4 u4 i2 i1 int float int int int int"),
           "keep_rows": (keep_rows._keep_rows_kernel, "u3 int u2 i1"),
-          "attention_rows": (rows._attention_rows_kernel, "f4 f4 u3 u5 i1 i1 i1 i1 float"),
+          "attention_rows": (attention_rows._attention_rows_kernel, "f4 f4 u3 u5 i1 i1 i1 i1 float"),
           "pool_uint8": (pool._pool_uint8_kernel, "b2 f2"),
           "combine": (decode_simple.combine_kernel, "u2 f1 i1 int int int int int"),}
 
@@ -79,10 +81,37 @@ TENSOR_CORE = {**{f"gemm_{tile[0]}x{tile[1]}": lambda tile=tile: tensor_core.ten
 GEMV = {f"gemv_{rows}": lambda rows=rows: gemv.gemv_kernel(rows) for rows in range(1, gemv.MAX_ROWS + 1)}
 
 
+# (kernel, whether it takes part in programmatic dependent launch), at the sizes of Llama 3.2 1B and at odd ones
+POINTWISE = {"gather_rows": lambda d: rows.gather_rows_kernel(2048, d),
+             "norm": lambda d: rows.norm_rows_kernel(2048, d),
+             "norm_200": lambda d: rows.norm_rows_kernel(200, d), "gate_rows": lambda d: rows.gate_rows_kernel(8192, d),
+             "add_rows": lambda d: rows.add_rows_kernel(2048, d),
+             **{f"rope_write_{n}": lambda d, n=n: rope_write.rope_write_kernel(n, d) for n in (32, 64, 80, 128)},
+             "best_of_parts": lambda d: greedy.best_of_parts_kernel(d),
+             "best_of_row": lambda d: greedy.best_of_row_kernel(d),
+             **{f"decode_{n}": lambda d, n=n: decode.decode_kernel(n, d, 2, 16) for n in (32, 64, 80, 128)},
+             "combine": lambda d: combine.combine_parts_kernel(64, 256, d)}
+FEW_ROWS = {f"few_rows_{n}_{depth}_{after}": lambda d, n=n, depth=depth, norm=norm, after=after, size=size:
+            few_rows.few_rows_kernel(n, depth, norm, after, size, d)
+            for n in (1, 8)
+            for depth, norm, after, size in (
+                (2048, True, "rope", 64), (2048, True, "silu", 0), (2048, True, "plain", 0), (2048, False, "add", 0),
+                (8192, False, "add", 0), (200, True, "rope", 80), (4096, True, "rope", 128))}
+
+
+LAYER = {"qkv": (3072, 2048, "rope", 64), "o": (2048, 2048, "add", 0), "gate_up": (16384, 2048, "silu", 0),
+         "down": (2048, 8192, "add", 0), "lm_head": (128256, 2048, "plain", 0), "head_128": (6144, 4096, "rope", 128)}
+HOPPER = {**{f"skinny_{name}_{rows}": lambda rows=rows, n=n, k=k, after=after, size=size: skinny.skinny_kernel(
+             *skinny.choose_shape(rows, n, k, size, 132), after, size)
+             for name, (n, k, after, size) in LAYER.items() for rows in (16, 64, 128, 256)},
+          **{f"wgmma_{n}_{after}": lambda n=n, after=after: wgmma.wgmma_kernel(n, after)
+             for n, after in ((256, "plain"), (256, "silu"), (192, "plain"), (128, "add"), (256, "add"))}}
+
+
 def assemble(kernel, signature, capability):
     """(PTX, registers a thread, bytes of spills, bytes of stack) of a kernel."""
     ptx, _ = cuda.compile_ptx(kernel.py_func, signature, cc=capability, **kernel.options)
-    options = cuda_core.LinkerOptions(arch=f"sm_{capability[0]}{capability[1]}", ptxas_options=["-v"])
+    options = cuda_core.LinkerOptions(arch="sm_" + "".join(map(str, capability)), ptxas_options=["-v"])
     linker = cuda_core.Linker(cuda_core.ObjectCode.from_ptx(ptx.encode()), options=options)
     linker.link("cubin")
     log = linker.get_info_log()
@@ -118,6 +147,38 @@ def test_ptx_grade_kernels_keep_everything_in_registers(name, capability):
         assert kernel.shared_bytes <= 48 * 1024, "more needs a call to the driver"
     else:
         assert "ld.global.nc.L1::no_allocate.L2::128B.v4.b32" in ptx
+
+
+@pytest.mark.parametrize("dependent, capability", [(False, (8, 0)), (True, (9, 0))], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", [*POINTWISE, *FEW_ROWS])
+def test_fused_kernels_keep_everything_in_registers(name, dependent, capability):
+    kernel = {**POINTWISE, **FEW_ROWS}[name](dependent)
+    ptx, registers, spills, stack = assemble(kernel, kernel.numba_signature(), capability)
+    assert spills == 0 and stack == 0 and ".local" not in ptx
+    threads, blocks = kernel.options["launch_bounds"]
+    assert registers * threads * blocks <= 65536
+    assert ("griddepcontrol.wait" in ptx) == ("griddepcontrol.launch_dependents" in ptx) == dependent
+    if name in FEW_ROWS:
+        loads = ptx.index("ld.global.nc.L1::no_allocate.L2::128B.v4.b32")
+        assert "mma.sync.aligned.m16n8k16" in ptx
+        assert not dependent or loads < ptx.index("griddepcontrol.wait"), "weights are asked for before the wait"
+        assert ptx.index("mma.sync") > loads
+    if dependent:  # nothing is written before the kernels ahead have ended
+        assert "st.global" not in ptx[:ptx.index("griddepcontrol.wait")]
+
+
+@pytest.mark.parametrize("name", HOPPER)
+def test_hopper_kernels_keep_their_sums_in_registers(name):
+    kernel = HOPPER[name]()
+    ptx, registers, spills, stack = assemble(kernel, kernel.numba_signature(), (9, 0, "a"))
+    assert spills == 0 and stack == 0 and ".local" not in ptx
+    threads, blocks = kernel.options["launch_bounds"]
+    warps = -(-threads // 32 * blocks // 4)  # on each of a multiprocessor's four parts, which has 16,384 registers
+    assert warps * 32 * registers <= 16384
+    assert blocks * (kernel.shared_bytes + 1024) <= 228 * 1024, "more than a multiprocessor's shared memory"
+    assert "wgmma.mma_async.sync.aligned.m64n" in ptx and "cp.async.bulk.tensor.2d.shared::cluster" in ptx
+    if name.startswith("skinny"):
+        assert ptx.index("cp.async.bulk.tensor") < ptx.index("griddepcontrol.wait"), "weights are asked for before it"
 
 
 def test_the_measuring_kernels_do_nothing_but_what_they_measure():

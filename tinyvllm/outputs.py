@@ -33,6 +33,29 @@ class RequestMetrics:
         return None if self.finished_time is None else self.finished_time - self.arrival_time
 
 
+class TokenIds:
+    """A field that holds a list, given either as one or as (list, start, stop): that part of it, copied when asked for.
+
+    A request's tokens are only ever appended to, so a part of them stays what it is; and to copy hundreds of ids for
+    hundreds of requests at every step, which hardly anybody looks at, would take as long as the step itself.
+    """
+
+    def __set_name__(self, owner, name):
+        self._name = "_" + name
+
+    def __set__(self, instance, value):
+        instance.__dict__[self._name] = value
+
+    def __get__(self, instance, owner=None) -> list[int]:
+        if instance is None:
+            raise AttributeError("a field without a default")  # what dataclasses ask for
+        value = instance.__dict__[self._name]
+        if isinstance(value, tuple):
+            tokens, start, stop = value
+            value = instance.__dict__[self._name] = tokens[start:stop]
+        return value
+
+
 @dataclass
 class CompletionOutput:
     """One generated continuation. finish_reason: "stop", "length", "abort", or None while it runs.
@@ -43,7 +66,7 @@ class CompletionOutput:
 
     index: int
     text: str
-    token_ids: list[int]
+    token_ids: list[int] = TokenIds()
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     new_text: str = ""
@@ -60,7 +83,7 @@ class RequestOutput:
 
     request_id: str
     prompt: str | None
-    prompt_token_ids: list[int]
+    prompt_token_ids: list[int] = TokenIds()
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics

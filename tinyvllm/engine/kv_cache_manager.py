@@ -50,8 +50,11 @@ class KVCacheManager:
 
         computed_blocks: a prefix from get_computed_blocks, for a request that is being admitted.
         """
-        computed_blocks = computed_blocks or []
         held = self.req_to_blocks.get(request.request_id, [])
+        if held and not computed_blocks and (
+                request.num_computed_tokens + num_new_tokens <= len(held) * self.block_size):
+            return []  # the usual case: its last block has room
+        computed_blocks = computed_blocks or []
         num_computed = request.num_computed_tokens + len(computed_blocks) * self.block_size
         num_needed = -(-(num_computed + num_new_tokens) // self.block_size)
         num_new = num_needed - len(held) - len(computed_blocks)

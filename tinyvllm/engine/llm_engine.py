@@ -6,7 +6,6 @@ It owns policy and bookkeeping only. Numbers are made by a runner (`execute(Sche
 and text by a tokenizer; tests put a toy in the place of either.
 """
 
-import copy
 import itertools
 import numbers
 import time
@@ -19,7 +18,7 @@ from tinyvllm.engine.request import Request, RequestStatus
 from tinyvllm.engine.scheduler import Scheduler, SchedulerOutput
 from tinyvllm.engine.snapshot import emit_snapshot
 from tinyvllm.errors import RequestError
-from tinyvllm.outputs import CompletionOutput, EngineStats, RequestOutput
+from tinyvllm.outputs import CompletionOutput, EngineStats, RequestMetrics, RequestOutput
 from tinyvllm.sampling_params import SamplingParams
 
 
@@ -27,6 +26,9 @@ class Runner(Protocol):
     """What computes a step: writes K and V of every scheduled token, samples where asked."""
 
     def execute(self, output: SchedulerOutput) -> dict[str, int]: ...
+
+    # A runner may also have `begin`, which starts a step and returns a function that waits for its tokens; then
+    # outputs of the step before are made meanwhile.
 
 
 class LLMEngine:
@@ -59,6 +61,7 @@ class LLMEngine:
         self._new_tokens: list[tuple] = []  # (request_id, token id, text) not told to the listener yet
         self.num_steps = self.num_finished = self.num_prompt_tokens = self.num_output_tokens = 0
         self.last_step_tokens = 0
+        self._begin = getattr(runner, "begin", None)
 
     # ---- requests in ----
 
@@ -146,7 +149,9 @@ class LLMEngine:
         computed, so the next step() tries the same work again. Outputs that were made before an error, or before an
         interrupt from the keyboard, come with the next step.
         """
-        self._emit_new_tokens()  # none, unless the step before was interrupted
+        overlap = self._begin is not None and self.events is None  # a listener is told things in their order
+        if not overlap:
+            self._emit_new_tokens()  # none, unless the step before was interrupted
         if self.events is not None:
             self.events.step = self.num_steps + 1  # the step that this scheduling belongs to
         batch = self.scheduler.schedule()
@@ -155,9 +160,16 @@ class LLMEngine:
             for scheduled in batch.scheduled:
                 if scheduled.request.metrics.first_scheduled_time is None:
                     scheduled.request.metrics.first_scheduled_time = now
-            tokens = self._run(batch)
+            if overlap:
+                wait = self._begin(batch)
+                self._emit_new_tokens()  # of the step before, while the device works on this one
+                tokens = wait()
+            else:
+                tokens = self._run(batch)
             self._count(batch)
             self.scheduler.update(batch, tokens)
+            self._emit_new_tokens(urgent_only=overlap)
+        elif overlap:
             self._emit_new_tokens()
         return self.take_pending()
 
@@ -198,6 +210,8 @@ class LLMEngine:
         if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Iterable):
             raise _not_a_prompt(prompt)
         token_ids = list(prompt)
+        if set(map(type, token_ids)) == {int}:
+            return text, token_ids
         if not all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in token_ids):
             raise _not_a_prompt(prompt if isinstance(prompt, Sequence) else token_ids)
         return text, [int(i) for i in token_ids]
@@ -246,11 +260,15 @@ class LLMEngine:
         self.last_step_tokens = batch.total_num_scheduled_tokens
         for scheduled in batch.scheduled:
             prompt_left = scheduled.request.num_prompt_tokens - scheduled.start
-            self.num_prompt_tokens += max(0, min(prompt_left, scheduled.num_scheduled_tokens))
+            if prompt_left > 0:
+                self.num_prompt_tokens += min(prompt_left, scheduled.num_scheduled_tokens)
             self.num_output_tokens += scheduled.sample
 
-    def _emit_new_tokens(self) -> None:
+    def _emit_new_tokens(self, urgent_only: bool = False) -> None:
+        """urgent_only: first tokens and last ones; the others can wait until the next step is under way."""
         for request in list(self.scheduler.running):
+            if urgent_only and request.num_emitted_tokens and not request.status.is_finished:
+                continue
             if request.num_emitted_tokens < request.num_output_tokens:
                 self._emit(request)
         self._tell_new_tokens()
@@ -268,10 +286,11 @@ class LLMEngine:
         metrics = request.metrics
         if metrics.first_token_time is None and request.num_output_tokens:
             metrics.first_token_time = now
-        new_ids = request.output_token_ids[request.num_emitted_tokens:]
+        num_prompt, num_tokens = request.num_prompt_tokens, request.num_tokens
+        new_ids = request.token_ids[num_prompt + request.num_emitted_tokens:]
         detokenizer = self._detokenizers.get(request.request_id)
         new_text = "" if detokenizer is None else self._new_text(request, detokenizer, new_ids)
-        request.num_emitted_tokens = request.num_output_tokens
+        request.num_emitted_tokens = num_tokens - num_prompt
         request.token_times += [now] * len(new_ids)
         if self.events is not None:
             for i, token_id in enumerate(new_ids, start=1):
@@ -281,11 +300,11 @@ class LLMEngine:
             metrics.finished_time = now
             self._forget(request)
         text = "" if detokenizer is None else detokenizer.text
-        completion = CompletionOutput(0, text, request.output_token_ids, request.finish_reason, request.stop_reason,
-                                      new_text)
+        completion = CompletionOutput(0, text, (request.token_ids, num_prompt, num_tokens), request.finish_reason,
+                                      request.stop_reason, new_text)
         self._pending.append(RequestOutput(
-            request.request_id, request.prompt, request.token_ids[:request.num_prompt_tokens], [completion],
-            request.status.is_finished, copy.copy(metrics), metrics.num_cached_tokens))
+            request.request_id, request.prompt, (request.token_ids, 0, num_prompt), [completion],
+            request.status.is_finished, RequestMetrics(**vars(metrics)), metrics.num_cached_tokens))
 
     @staticmethod
     def _new_text(request: Request, detokenizer: Any, new_ids: list[int]) -> str:

@@ -29,9 +29,8 @@ class RequestStatus(enum.Enum):
     FINISHED_LENGTH_CAPPED = "length"
     FINISHED_ABORTED = "abort"
 
-    @property
-    def is_finished(self) -> bool:
-        return self.name.startswith("FINISHED_")
+    def __init__(self, value: str):
+        self.is_finished: bool = self._name_.startswith("FINISHED_")  # asked for every request several times a step
 
 
 class Request:
@@ -91,7 +90,7 @@ class Request:
         elif token_id in self.stop_ids:
             self.status = RequestStatus.FINISHED_STOPPED
             self.stop_reason = token_id
-        elif self.num_tokens >= self.max_len:
+        elif len(self.token_ids) >= self.max_len:
             self.status = RequestStatus.FINISHED_LENGTH_CAPPED
 
     def __repr__(self) -> str:

@@ -17,7 +17,7 @@ from tinyvllm.engine.kv_cache_manager import KVCacheManager
 from tinyvllm.engine.request import Request, RequestStatus
 
 
-@dataclass
+@dataclass(slots=True)
 class ScheduledRequest:
     """One request's share of a step."""
 
@@ -69,22 +69,25 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Hand out one step's token budget. Allocates blocks; computes nothing."""
         output = SchedulerOutput()
-        shares: dict[str, int] = {}
+        shares: list[tuple[Request, int]] = []  # in order of admission
         budget = self.max_num_batched_tokens
 
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
-            if request.num_computed_tokens == request.num_tokens:  # an interrupt came before its token was appended
+            num_new = len(request.token_ids) - request.num_computed_tokens
+            if num_new == 0:  # an interrupt came before its token was appended
                 request.num_computed_tokens -= 1
-            num_new = min(request.num_tokens - request.num_computed_tokens, budget)
+                num_new = 1
+            if num_new > budget:
+                num_new = budget
             while self.kv_cache_manager.allocate_slots(request, num_new) is None:
                 victim = self.running.pop()  # admitted last; not scheduled yet, since we walk in order of admission
                 self._preempt(victim, output)
                 if victim is request:
                     break
             else:
-                shares[request.request_id] = num_new
+                shares.append((request, num_new))
                 budget -= num_new
                 index += 1
 
@@ -107,16 +110,20 @@ class Scheduler:
             if request.num_cached_tokens < 0:
                 request.num_cached_tokens = num_cached
             self.running.append(request)
-            shares[request.request_id] = num_new
+            shares.append((request, num_new))
             budget -= num_new
             if self.events is not None:
                 self.events.emit("request_scheduled", request.request_id, num_cached, request.metrics.num_preemptions)
 
-        for request in self.running:
-            if request.request_id in shares:
-                output.scheduled.append(self._share(request, shares[request.request_id]))
-        output.scheduled.sort(key=lambda s: s.num_scheduled_tokens > 1)  # stable: single rows first
-        output.num_decodes = sum(s.num_scheduled_tokens == 1 for s in output.scheduled)
+        block_ids = self.kv_cache_manager.req_to_block_ids
+        longer = []
+        for request, num_new in shares:
+            start = request.num_computed_tokens
+            share = ScheduledRequest(request, num_new, start, block_ids[request.request_id],
+                                     start + num_new == len(request.token_ids))
+            (output.scheduled if num_new == 1 else longer).append(share)
+        output.num_decodes = len(output.scheduled)
+        output.scheduled += longer
         output.total_num_scheduled_tokens = self.max_num_batched_tokens - budget
         return output
 
@@ -156,8 +163,3 @@ class Scheduler:
         self.num_preemptions += 1
         self.waiting.appendleft(request)
         output.preempted.append(request)
-
-    def _share(self, request: Request, num_tokens: int) -> ScheduledRequest:
-        start = request.num_computed_tokens
-        return ScheduledRequest(request, num_tokens, start, self.kv_cache_manager.block_ids(request),
-                                sample=start + num_tokens == request.num_tokens)

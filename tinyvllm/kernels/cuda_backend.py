@@ -32,7 +32,7 @@ from tinyvllm.kernels.rope import rope_cuda
 from tinyvllm.kernels.sampling import sample_cuda
 from tinyvllm.kernels.silu_mul import silu_mul_cuda
 
-__all__ = ["OPS", "chosen_operations"]
+__all__ = ["OPS", "chosen_operations", "linear_was_chosen"]
 
 OPS = MappingProxyType({
     "embedding": embedding_cuda,
@@ -61,3 +61,8 @@ def chosen_operations() -> Mapping[str, Callable]:
     if wanted not in LINEARS:
         raise ConfigError(f"TINYVLLM_CUDA_LINEAR is {wanted!r}; it can be {' or '.join(LINEARS)}")
     return {**OPS, "linear": LINEARS[wanted]}
+
+
+def linear_was_chosen() -> bool:
+    """Whether TINYVLLM_CUDA_LINEAR asks for another `linear` than ours: the fused operations have only ours."""
+    return os.environ.get("TINYVLLM_CUDA_LINEAR", "tinyvllm") != "tinyvllm"

@@ -31,7 +31,8 @@ except Exception as error:  # not installed, or broken by a mismatch of versions
 else:
     _IMPORT_ERROR = None
 
-__all__ = ["cuda", "simulated", "cuda_available", "require_cuda", "device_name", "kernel", "device_function", "pointer",
+__all__ = ["cuda", "simulated", "cuda_available", "require_cuda", "compute_capability", "device_name",
+           "kernel", "device_function", "pointer",
            "workspace", "ceil_div", "block_threads", "row_grid", "array_or_empty"]
 
 MINIMUM_COMPUTE_CAPABILITY = (8, 0)  # Ampere: the first with bf16 tensor cores and asynchronous copies
@@ -81,6 +82,11 @@ def require_cuda() -> None:
                           f"or newer (bf16 tensor cores). {advice}")
 
 
+def compute_capability() -> tuple[int, int]:
+    """Of the current device, e.g. (9, 0)."""
+    return tuple(cuda.get_current_device().compute_capability)
+
+
 def device_name() -> str:
     """What the current GPU calls itself."""
     if simulated():
@@ -106,7 +112,7 @@ class kernel:
                  max_threads: int | None = None, min_blocks: int = 1):
         self._signature = signature
         self.options = {} if max_threads is None else {"launch_bounds": (max_threads, min_blocks)}
-        self._compiled = None
+        self._compiled = self._direct = None
         if function is not None:
             self(function)
 
@@ -126,6 +132,17 @@ class kernel:
         if self._compiled is None:
             self._compiled = self._compile()
         return self._compiled
+
+    @property
+    def direct(self):
+        """The compiled kernel as driver.py launches it; PTX-grade kernels only (compiles it)."""
+        if self._direct is None:
+            from tinyvllm.kernels.driver import CompiledKernel
+
+            numba_kernel = next(iter(self.compiled.overloads.values()))
+            self._direct = CompiledKernel(int(numba_kernel._codelibrary.get_cufunc().handle), self._signature,
+                                          getattr(self, "shared_percent", None))
+        return self._direct
 
     def numba_signature(self):
         """The signature as numba types, or None."""

@@ -37,7 +37,10 @@ __all__ = ["widen_cuda", "narrow_cuda", "instruction", "mma_m16n8k16", "ldmatrix
            "load_16_bytes_cached", "load_u32", "load_i32", "load_u16", "store_u32", "store_u16", "store_f32",
            "load_f32", "load_shared_f32", "store_shared_f32", "low_bf16", "high_bf16", "pack_bf16", "exp2",
            "divide", "maximum", "shuffle_xor", "thread_index", "lane_index", "block_index_x", "block_index_y",
-           "block_index_z", "grid_size_x", "dynamic_shared", "warp_barrier"]
+           "block_index_z", "grid_size_x", "dynamic_shared", "warp_barrier", "load_shared_16_bytes",
+           "store_shared_16_bytes", "store_shared_two_f32", "store_16_bytes", "load_8_bytes",
+           "store_8_bytes", "wait_for_previous_kernel",
+           "let_next_kernel_start"]
 
 INLINE = cuda is not None and not simulated()  # the simulator runs Python: it knows no PTX
 
@@ -165,6 +168,18 @@ store_f32 = instruction("st.global.f32 [$0], $1;", "", "u64 f32", memory=True)
 load_shared_f32 = instruction("ld.shared.f32 $0, [$1];", "f32", "u32", memory=True)
 store_shared_f32 = instruction("st.shared.f32 [$0], $1;", "", "u32 f32", memory=True)
 
+load_shared_16_bytes = instruction("ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];", "u32 u32 u32 u32", "u32", memory=True)
+store_shared_16_bytes = instruction("st.shared.v4.b32 [$0], {$1,$2,$3,$4};", "", "u32 u32 u32 u32 u32", memory=True)
+store_shared_two_f32 = instruction("st.shared.v2.f32 [$0], {$1,$2};", "", "u32 f32 f32", memory=True)
+load_8_bytes = instruction("ld.global.v2.b32 {$0,$1}, [$2];", "u32 u32", "u64", memory=True)
+store_8_bytes = instruction("st.global.v2.b32 [$0], {$1,$2};", "", "u64 u32 u32", memory=True)
+store_16_bytes = instruction("st.global.v4.b32 [$0], {$1,$2,$3,$4};", "", "u64 u32 u32 u32 u32", memory=True)
+
+# ---- programmatic dependent launch (compute capability 9.0): see driver.py ----
+
+wait_for_previous_kernel = instruction("griddepcontrol.wait;", "", "", volatile=True, memory=True)
+let_next_kernel_start = instruction("griddepcontrol.launch_dependents;", "", "", volatile=True, memory=True)
+
 # ---- bf16 pairs in a 32-bit register, arithmetic ----
 
 low_bf16 = instruction("shl.b32 $0, $1, 16;", "f32", "u32")  # the lower half of a pair, widened
@@ -188,7 +203,8 @@ warp_barrier = instruction("bar.warp.sync 0xffffffff;", "", "", volatile=True, m
 
 
 def _dynamic_shared():
-    """Address (u32, in the shared window) of the memory that the launch asked for, aligned to 128 bytes."""
+    """Address (u32, in the shared window) of the memory that the launch asked for, aligned to 1024 bytes: what the
+    copy engine's swizzle wants."""
     if not INLINE:
         return None
 
@@ -200,7 +216,7 @@ def _dynamic_shared():
                 memory = builder.module.globals[name]
             else:
                 memory = ir.GlobalVariable(builder.module, ir.ArrayType(ir.IntType(8), 0), name, addrspace=3)
-                memory.linkage, memory.align = "external", 128
+                memory.linkage, memory.align = "external", 1024
             return builder.ptrtoint(memory, ir.IntType(32))
 
         return typing_signature(types.uint32), codegen

@@ -8,7 +8,12 @@ import numpy as np
 
 
 class Backend(Protocol):
-    """Memory and operations of one device. Arrays are NumPy arrays on the CPU and device arrays on a GPU."""
+    """Memory and operations of one device. Arrays are NumPy arrays on the CPU and device arrays on a GPU.
+
+    A backend may have more, which ModelRunner asks for: `eager_forward`, operations one by one where `forward` has a
+    faster way; `fused`, not None if forward returns before the work is done; `decode_graphs(runner)`, something with
+    can_run(output) and begin(output) that takes over decode steps, or None.
+    """
 
     name: str  # "cpu" or "cuda"
     operations: Mapping[str, Callable]  # one by one, by name: for model.llama.bind, and for looking (tinyvllm/probe)

@@ -1,4 +1,4 @@
-"""An NVIDIA GPU as a backend: device arrays and numba.cuda kernels."""
+"""An NVIDIA GPU as a backend: device memory and numba.cuda kernels, launched one by one or fused and replayed."""
 
 import contextlib
 
@@ -6,7 +6,8 @@ import numpy as np
 
 from tinyvllm.errors import OutOfDeviceMemoryError
 from tinyvllm.kernels import cuda_backend
-from tinyvllm.kernels.cuda_support import cuda, require_cuda
+from tinyvllm.kernels.cuda_support import cuda, require_cuda, simulated
+from tinyvllm.kernels.device_array import DeviceArray, over_numba_arrays
 from tinyvllm.model import llama
 from tinyvllm.units import format_bytes
 
@@ -14,7 +15,11 @@ _CUDA_ERROR_OUT_OF_MEMORY = 2
 
 
 class CUDABackend:
-    """Runs on the current CUDA device. enforce_eager is accepted for symmetry: kernels are launched one by one.
+    """Runs on the current CUDA device.
+
+    enforce_eager=True launches the operations of model/llama.py one by one through numba, so that one can look
+    between them. Otherwise model/llama_fused.py runs where it can, on a stream of its own, and decode steps are
+    replayed as graphs (runner/cuda_graphs.py).
 
     Raises DeviceError, in the user's words, if there is no GPU, no driver, or its compute capability is too low.
     """
@@ -23,14 +28,59 @@ class CUDABackend:
 
     def __init__(self, enforce_eager: bool = False):
         require_cuda()
-        self.operations = cuda_backend.chosen_operations()
-        self.forward = llama.bind(self.operations)
-        self.argmax, self.sample = self.operations["argmax"], self.operations["sample"]
+        operations = cuda_backend.chosen_operations()
+        self.fused = None  # the fused operations, if this backend has them; then arrays are DeviceArrays
+        if enforce_eager or simulated() or cuda_backend.linear_was_chosen():
+            self._bind(operations)
+        else:
+            self._bind({name: over_numba_arrays(operation) for name, operation in operations.items()})
+            self._fuse()
+
+    def _bind(self, operations) -> None:
+        self.operations = operations
+        self.eager_forward = self.forward = llama.bind(operations)  # one by one, whatever else there is
+        self.argmax, self.sample = operations["argmax"], operations["sample"]
+
+    def _fuse(self) -> None:
+        from tinyvllm.kernels.driver import Stream
+        from tinyvllm.kernels.fused.operations import FusedOperations, can_run
+        from tinyvllm.model import llama_fused
+
+        cuda.current_context()
+        self.fused = fused = FusedOperations(Stream())
+        fused_forward, eager_forward, eager_argmax = llama_fused.bind(fused.table), self.eager_forward, self.argmax
+
+        def forward(w, kv, batch, buf, dims):
+            cuda.current_context()
+            fast = can_run(w, dims) and not batch.watch.positions.shape[0]  # who watches looks between the operations
+            (fused_forward if fast else eager_forward)(w, kv, batch, buf, dims)
+
+        def argmax(ids, logits):
+            cuda.current_context()
+            if logits.shape[0]:
+                (eager_argmax if logits.shape[1] % 8 else fused.argmax)(ids, logits)
+
+        self.forward, self.argmax = forward, argmax
+
+    def decode_graphs(self, runner):
+        """What replays decode steps of a model runner, or None if they have to be launched one by one."""
+        from tinyvllm.kernels.fused.operations import can_run
+        from tinyvllm.runner.cuda_graphs import DecodeGraphs
+
+        if self.fused is None or not can_run(runner.weights, runner.dims) or runner.config.vocab_size % 8:
+            return None
+        return DecodeGraphs(runner, self)
 
     def linear_shape(self, num_rows: int, num_columns: int) -> tuple[int, ...]:
         return num_rows, num_columns
 
     def empty(self, shape, dtype):
+        array = self._allocate(shape, np.dtype(dtype))
+        if self.fused is None:
+            return array
+        return DeviceArray.of(array)
+
+    def _allocate(self, shape, dtype):
         if 0 in shape:  # absent biases; numba cannot index a device array without elements, and no kernel reads them
             return np.empty(shape, dtype)
         try:
@@ -50,7 +100,7 @@ class CUDABackend:
 
         array = self.empty(shape, dtype)
         if array.nbytes:
-            driver.device_memset(array, 0, array.nbytes)
+            driver.device_memset(array if self.fused is None else array.owner, 0, array.nbytes)
         return array
 
     def put_linear(self, destination, row_offset, rows) -> None:
@@ -71,11 +121,21 @@ class CUDABackend:
 
     def upload(self, destination, host):
         view = destination[:host.size]
-        view.copy_to_device(host.reshape(-1))
+        cuda.current_context()  # a step may run in a thread that has not used the GPU yet
+        if self.fused is None:
+            view.copy_to_device(host.reshape(-1))
+        elif host.size:
+            host = np.ascontiguousarray(host)
+            self.fused.stream.copy_to_device(view.address, host.ctypes.data, host.nbytes)
         return view.reshape(host.shape)
 
     def download(self, source) -> np.ndarray:
-        return source.copy_to_host()
+        if self.fused is None or not source.size:
+            return source.copy_to_host()
+        host = np.empty(source.shape, source.dtype)
+        self.fused.stream.copy_to_host(host.ctypes.data, source.address, host.nbytes)
+        self.fused.stream.synchronize()
+        return host
 
     def exclusive(self):
         return contextlib.nullcontext()  # one stream: one operation after the other

@@ -1,5 +1,7 @@
 """Runs one scheduled step on a backend: build the batch, forward, sample. Only sampled token ids come back."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from tinyvllm.engine.scheduler import SchedulerOutput
@@ -33,33 +35,53 @@ class ModelRunner:
                   "position": np.int64}
         self._sampling_host = {name: np.zeros(max_num_seqs, dtype) for name, dtype in dtypes.items()}
         self._sampling_device = {name: backend.empty((max_num_seqs,), dtype) for name, dtype in dtypes.items()}
-        self._token_ids = backend.empty((max_num_seqs,), np.int32)
+        self.token_ids = backend.empty((max_num_seqs,), np.int32)  # what was sampled last, on the device
+        self.max_num_seqs, self.max_blocks = max_num_seqs, max_blocks
         # For who looks in between two steps (tinyvllm/probe):
         self.watch: RequestWatch | None = None  # keeps what one request's tokens look like on their way
         self.profiler = None  # has a backend's forward, argmax and sample, for the next step only, and `finish`
         self.last_sampled: list = []  # the requests whose logits are in buffers.logits, row by row
+        self.eager = False  # launch the operations of model/llama.py one by one, also where there is a faster way
+        if getattr(backend, "fused", None) is not None:
+            self.begin = self._begin  # launches return before the work is done: see LLMEngine.step
+        self._graphs = backend.decode_graphs(self) if hasattr(backend, "decode_graphs") else None
 
     def execute(self, output: SchedulerOutput) -> dict[str, int]:
         """Compute a step; returns request_id -> token for every scheduled request with `sample`."""
+        return self._begin(output)()
+
+    def _begin(self, output: SchedulerOutput) -> Callable[[], dict[str, int]]:
+        """Start a step; returns what waits for it and gives execute's answer. One step at a time."""
+        self.last_sampled = []
+        looked_at = self.eager or self.watch is not None or self.profiler is not None
+        if self._graphs is not None and not looked_at and self._graphs.can_run(output):
+            return self._graphs.begin(output)
         batch = self.builder.build(output)
         if self.watch is not None:
             batch = self.builder.upload_watch(self.watch.enter(batch, output))
         profiler, self.profiler = self.profiler, None
         compute = self.backend if profiler is None else profiler
-        self.last_sampled = []
-        compute.forward(self.weights, self.kv_cache, batch, self.buffers, self.dims)
-        if self.watch is not None:
-            self.watch.leave()
+        forward = getattr(self.backend, "eager_forward", compute.forward) if self.eager else compute.forward
+        forward(self.weights, self.kv_cache, batch, self.buffers, self.dims)
         requests = [scheduled.request for scheduled in output.scheduled if scheduled.sample]
-        tokens = self.backend.download(self._sample(requests, compute)).tolist() if requests else []
-        self.last_sampled = requests
-        if profiler is not None:
-            profiler.finish(batch)
-        return {request.request_id: token for request, token in zip(requests, tokens)}
+        token_ids = self.sample(requests, compute) if requests else None
 
-    def _sample(self, requests, compute):
+        def wait() -> dict[str, int]:
+            tokens = self.backend.download(token_ids).tolist() if requests else []
+            if self.watch is not None:
+                self.watch.leave()
+            self.last_sampled = requests
+            if profiler is not None:
+                profiler.finish(batch)
+            return {request.request_id: token for request, token in zip(requests, tokens)}
+
+        return wait
+
+    def sample(self, requests, compute=None):
+        """The next tokens of requests whose logits are the first rows of the buffer, on the device."""
+        compute = self.backend if compute is None else compute
         num = len(requests)
-        token_ids, logits = self._token_ids[:num], self.buffers.logits[:num]
+        token_ids, logits = self.token_ids[:num], self.buffers.logits[:num]
         if all(request.params.temperature == 0 for request in requests):
             compute.argmax(token_ids, logits)
             return token_ids

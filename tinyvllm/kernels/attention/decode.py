@@ -41,6 +41,7 @@ from tinyvllm.kernels.ptx import (
     lane_index,
     ldmatrix_x4,
     ldmatrix_x4_transposed,
+    let_next_kernel_start,
     load_i32,
     load_shared_f32,
     load_u32,
@@ -53,6 +54,7 @@ from tinyvllm.kernels.ptx import (
     store_shared_f32,
     store_u16,
     thread_index,
+    wait_for_previous_kernel,
     warp_barrier,
 )
 
@@ -63,8 +65,16 @@ SIGNATURE = ("uint64",) * 7 + ("int32", "int32", "float32", "int32", "int32", "i
 
 
 @functools.cache
-def decode_kernel(D: int):
-    """The kernel for head_dim D (a constant in it)."""
+def decode_kernel(D: int, DEPENDENT: bool = False, STAGES: int = 2, BLOCK: int = 0,
+                  SHARED_PERCENT: int | None = None):
+    """The kernel for head_dim D (a constant in it).
+
+    STAGES: tiles in shared memory, all but one on their way. BLOCK: the cache's block_size where it is known; if it is
+    a multiple of 16, a warp's keys lie in one block, and one look into the block table does for all of them.
+    SHARED_PERCENT: the division of fast memory that the kernels around it use (few_rows.py), if they have one.
+    DEPENDENT: takes part in programmatic dependent launch. Keys before the newest one are those of earlier steps, so
+    their copies begin before the kernel that writes the newest one has ended.
+    """
     KEYS = key_tile(D)
     WARPS = KEYS // 16  # each warp has its own 16 keys of a tile
     CHUNKS = D // 8
@@ -76,15 +86,20 @@ def decode_kernel(D: int):
     STEPS, OUTPUTS = D // 16, D // 8
     PART = D + STATISTICS  # floats
     LN_2 = 1 / LOG2_E
-    wait_for_all_but_one, wait_for_all = cp_async_wait[1], cp_async_wait[0]
+    wait_for_oldest, wait_for_all = cp_async_wait[STAGES - 1], cp_async_wait[0]
+    ALIGNED = BLOCK > 0 and BLOCK % 16 == 0
+    MIN_BLOCKS = 6 if DEPENDENT and ALIGNED and D <= 64 and STAGES == 2 and SHARED_PERCENT is None else 1
 
-    @kernel(signature=SIGNATURE, max_threads=32 * WARPS)
+    # As many blocks a multiprocessor as shared memory holds: while some begin or end, the others keep memory busy.
+    @kernel(signature=SIGNATURE, max_threads=32 * WARPS, min_blocks=MIN_BLOCKS)
     def decode(out, parts, qkv, k_cache, v_cache, block_tables, seq_lens, max_blocks, num_splits, scale,
                num_heads, num_kv_heads, block_size):
         """scale: of the scores, times log2(e). Block y: a key head, and 16 of the query heads that share
         it."""
         thread, lane = thread_index(), lane_index()
         warp, g, q = thread // 32, lane // 4, lane % 4
+        if DEPENDENT:
+            let_next_kernel_start()
         split, request = block_index_x(), block_index_z()
         group = divide(num_heads, num_kv_heads)
         tiles_of_heads = (group + 15) // 16
@@ -93,6 +108,8 @@ def decode_kernel(D: int):
         heads = min(group - first_head, 16)
         seq_len = load_i32(seq_lens + np.uint64(request) * np.uint64(4))
         if split * SPLIT >= seq_len:
+            if DEPENDENT:
+                wait_for_previous_kernel()  # no kernel of a chain ends before the one ahead of it
             return
         end = min((split + 1) * SPLIT, seq_len)
         table = block_tables + np.uint64(request) * np.uint64(max_blocks) * np.uint64(4)
@@ -105,11 +122,6 @@ def decode_kernel(D: int):
         q_0 = q_row + np.uint64(min(g, heads - 1) * D * 2)
         q_1 = q_row + np.uint64(min(g + 8, heads - 1) * D * 2)
         queries = cuda.local.array((STEPS, 4), np.uint32)
-        for s in range(STEPS):
-            queries[s, 0] = load_u32(q_0 + np.uint64(32 * s))
-            queries[s, 1] = load_u32(q_1 + np.uint64(32 * s))
-            queries[s, 2] = load_u32(q_0 + np.uint64(32 * s + 16))
-            queries[s, 3] = load_u32(q_1 + np.uint64(32 * s + 16))
 
         copy_key, chunk = lane // CHUNKS, lane % CHUNKS
         copy_to = np.uint32(own + copy_key * PITCH + chunk * 16)
@@ -130,10 +142,34 @@ def decode_kernel(D: int):
 
         # No block-wide barrier: a warp copies its own keys, waits for its own copies, and uses them.
         tiles = (end - split * SPLIT + KEYS - 1) // KEYS
-        for t in range(tiles + 1):
+        next_block = np.uint32(0)
+        if ALIGNED:
+            next_block = load_u32(table + np.uint64(min(split * SPLIT + warp * 16, end - 1) // BLOCK) * np.uint64(4))
+        for t in range(tiles + STAGES - 1):
             first_key = split * SPLIT + t * KEYS + warp * 16
-            if t < tiles and first_key < end:
-                stage = np.uint32(copy_to + t % 2 * STAGE)
+            if DEPENDENT:
+                if t == STAGES - 1 or first_key + 16 >= seq_len:
+                    wait_for_previous_kernel()  # (a second wait costs nothing)
+            if t == STAGES - 1:
+                for s in range(STEPS):
+                    queries[s, 0] = load_u32(q_0 + np.uint64(32 * s))
+                    queries[s, 1] = load_u32(q_1 + np.uint64(32 * s))
+                    queries[s, 2] = load_u32(q_0 + np.uint64(32 * s + 16))
+                    queries[s, 3] = load_u32(q_1 + np.uint64(32 * s + 16))
+            if ALIGNED and t < tiles and first_key < end:
+                stage = np.uint32(copy_to + t % STAGES * STAGE)
+                offset = (np.uint64(next_block) * block_bytes + head_offset
+                          + np.uint64(first_key % BLOCK + copy_key) * np.uint64(2 * D))
+                for i in range(PASSES):
+                    key = np.int32(copy_key + i * KEYS_A_PASS)
+                    if key < 16 and copy_key < KEYS_A_PASS:
+                        size = 16 if first_key + key < end else 0  # zeros, not what the cache holds there
+                        further = offset + np.uint64(i * KEYS_A_PASS * 2 * D)
+                        cp_async_16(stage + i * KEYS_A_PASS * PITCH, k_cache + further, size)
+                        cp_async_16(stage + i * KEYS_A_PASS * PITCH + MATRIX, v_cache + further, size)
+                next_block = load_u32(table + np.uint64(min(first_key + KEYS, end - 1) // BLOCK) * np.uint64(4))
+            elif t < tiles and first_key < end:
+                stage = np.uint32(copy_to + t % STAGES * STAGE)
                 for i in range(PASSES):
                     key = np.int32(copy_key + i * KEYS_A_PASS)
                     if key < 16 and copy_key < KEYS_A_PASS:
@@ -146,12 +182,12 @@ def decode_kernel(D: int):
                         cp_async_16(stage + i * KEYS_A_PASS * PITCH, k_cache + offset, size)
                         cp_async_16(stage + i * KEYS_A_PASS * PITCH + MATRIX, v_cache + offset, size)
             cp_async_commit()
-            first_key -= KEYS  # of the tile before, which is worked on now
-            if t > 0 and first_key < end:
-                wait_for_all_but_one()
+            first_key -= (STAGES - 1) * KEYS  # of the tile that is worked on now
+            if t >= STAGES - 1 and first_key < end:
+                wait_for_oldest()
                 warp_barrier()  # the copies of the other lanes have arrived as well
-                k_from = np.uint32(k_address + (t - 1) % 2 * STAGE)
-                v_from = np.uint32(v_address + (t - 1) % 2 * STAGE)
+                k_from = np.uint32(k_address + (t - (STAGES - 1)) % STAGES * STAGE)
+                v_from = np.uint32(v_address + (t - (STAGES - 1)) % STAGES * STAGE)
                 for j in range(2):
                     for c in range(4):
                         scores[j, c] = np.float32(0)
@@ -236,7 +272,8 @@ def decode_kernel(D: int):
             index += np.int32(32 * WARPS)
 
     decode.threads = 32 * WARPS
-    decode.shared_bytes = max(2 * STAGE, WARPS * 16 * PART * 4)
+    decode.shared_percent = SHARED_PERCENT
+    decode.shared_bytes = max(STAGES * STAGE, WARPS * 16 * PART * 4)
     return decode
 
 

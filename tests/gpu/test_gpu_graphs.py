@@ -1,0 +1,104 @@
+"""Decode steps replayed as graphs, launched one by one, and eager: the same tokens from the same engine."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from tests.kernel_cases import fresh_rng
+from tests.model_files import write_tiny_model
+from tests.parity_cases import CASES
+from tinyvllm import LLM, SamplingParams
+from tinyvllm.kernels.bf16 import bf16_to_float32
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpu():
+    from tinyvllm.kernels.cuda_support import cuda_available
+
+    if not cuda_available():
+        pytest.skip("needs an NVIDIA GPU")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", head_dim=64, hidden_size=256,
+                            intermediate_size=512)
+
+
+def make_llm(folder, **options):
+    return LLM(folder, device="cuda", use_tqdm=False, skip_tokenizer_init=True, num_blocks=400, max_num_seqs=40,
+               max_num_batched_tokens=512, max_model_len=512, **options)
+
+
+def prompts(rng, count):
+    return [rng.integers(0, 370, int(rng.integers(3, 60))).tolist() for _ in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 20, 40])
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_replayed_steps_give_the_tokens_of_launched_ones(folder, count, temperature):
+    """Rows that fill up a bucket change nothing; nor does a context that grows into the next width (256 tokens)."""
+    params = SamplingParams(temperature=temperature, max_tokens=300 if count == 3 else 40, ignore_eos=True,
+                            seed=3 if temperature else None)
+    wanted = prompts(fresh_rng(), count)
+    llm = make_llm(folder)
+    replayed = [o.outputs[0].token_ids for o in llm.generate(wanted, params)]
+    assert llm.runner._graphs.last_graph is not None, "no step was replayed"
+    launched = make_llm(folder)
+    launched.runner._graphs = None
+    assert replayed == [o.outputs[0].token_ids for o in launched.generate(wanted, params)]
+
+
+def test_a_step_asked_to_be_eager_is_and_agrees(folder):
+    """Logits of one decode step (prompts of one token are that), replayed and eager, differ by bfloat16 noise only."""
+    wanted = [[int(token)] for token in fresh_rng().integers(0, 370, 5)]
+    logits = {}
+    for eager in (False, True):
+        llm = make_llm(folder)
+        llm.runner.eager = eager
+        for _ in range(2):  # the first time a graph is captured, the second time replayed
+            llm.generate(wanted, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+        assert (llm.runner._graphs.last_graph is None) == eager
+        logits[eager] = bf16_to_float32(llm.runner.backend.download(llm.runner.buffers.logits[:5]))
+    error = np.linalg.norm(logits[True] - logits[False]) / np.linalg.norm(logits[True])
+    assert error < 0.05  # of two unrelated rows of logits it is about 1.4
+
+
+def test_enforce_eager_has_no_graphs_and_numbas_own_arrays(folder):
+    llm = make_llm(folder, enforce_eager=True)
+    assert llm.runner._graphs is None and llm.runner.backend.fused is None
+    assert len(llm.generate(prompts(fresh_rng(), 2), SamplingParams(temperature=0, max_tokens=5))) == 2
+
+
+def test_a_model_with_biases_takes_the_eager_way(tmp_path):
+    folder = write_tiny_model(tmp_path / "model", **next(c for c in CASES if c.name == "biases").overrides)
+    llm = make_llm(folder)
+    assert llm.runner._graphs is None
+    assert len(llm.generate(prompts(fresh_rng(), 2), SamplingParams(temperature=0, max_tokens=5))) == 2
+
+
+def test_stop_strings_and_aborts_lose_nothing_when_outputs_come_a_step_late(tmp_path):
+    llm = LLM(write_tiny_model(tmp_path / "model"), device="cuda", use_tqdm=False, num_blocks=400, max_num_seqs=8)
+    free = llm.generate("The fox", SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))[0].outputs[0]
+    stop = free.text[8:11]
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, stop=stop)
+    out = llm.generate("The fox", params)[0].outputs[0]
+    assert out.finish_reason == "stop" and out.text == free.text[:free.text.index(stop)]
+    pieces = list(llm.stream("The fox", SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)))
+    assert "".join(p.outputs[0].new_text for p in pieces) == free.text
+    assert pieces[-1].outputs[0].token_ids == free.token_ids
+    stats = llm.engine.stats
+    assert stats.num_free_blocks == stats.num_blocks
+
+
+def test_another_thread_can_run_the_engine(folder):
+    llm, results = make_llm(folder), []
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    wanted = prompts(fresh_rng(), 3)
+    thread = threading.Thread(target=lambda: results.extend(llm.generate(wanted, params)))
+    thread.start()
+    thread.join()
+    assert [o.outputs[0].token_ids for o in results] == [o.outputs[0].token_ids for o in llm.generate(wanted, params)]

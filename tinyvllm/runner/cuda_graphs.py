@@ -1,0 +1,155 @@
+"""Decode steps as CUDA graphs: the whole step, more than a hundred launches, replayed by one call.
+
+A graph is a fixed list of launches with fixed addresses and sizes, so
+
+    - inputs live at fixed places: one pinned host buffer, one device buffer, one copy a step
+    - the number of requests is rounded up to a bucket. Rows beyond the real ones have no context and no slot (their
+      results are not read, and no kernel mixes rows)
+    - block tables have the width of a bucket too: attention's grid is made for the longest context in it
+
+A graph is captured when its pair of buckets first comes up: that step is launched one by one, and recorded for the
+next time. What is captured is model/llama_fused.py itself; there is no second copy of the model here.
+
+    inputs   | input_ids | positions | slot_mapping | seq_lens | block_tables |      int32, for one pair of buckets
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tinyvllm.engine.scheduler import SchedulerOutput
+from tinyvllm.kernels.attention.decode import SPLIT
+from tinyvllm.kernels.cuda_support import ceil_div, cuda
+from tinyvllm.kernels.device_array import DeviceArray
+from tinyvllm.kernels.driver import pinned_buffer
+from tinyvllm.model.llama import Batch
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # numbers of requests
+COLUMNS = ("input_ids", "positions", "slot_mapping", "seq_lens")
+INT32 = np.dtype(np.int32)
+
+
+class DecodeGraphs:
+    """Replays steps in which every request has one token to compute and one to sample.
+
+    runner: a ModelRunner, whose buffers and cache the graphs refer to. backend: a CUDABackend with fused operations.
+    """
+
+    def __init__(self, runner: Any, backend: Any):
+        self.runner, self.backend = runner, backend
+        self.stream = backend.fused.stream
+        self.block_size = runner.dims.block_size
+        # Beyond the last bucket, in steps of 64: batches that large spend their time in arithmetic, not in launches.
+        most = min(runner.max_num_seqs, runner.buffers.residual.shape[0])
+        buckets = [*BUCKETS, *range(BUCKETS[-1] + 64, most + 64, 64)]
+        self.buckets = sorted({min(bucket, most) for bucket in buckets if bucket < most + 64})
+        self.max_blocks = runner.max_blocks
+        size = self.buckets[-1] * (len(COLUMNS) + self._width(self.max_blocks))
+        self._pinned = np.frombuffer(pinned_buffer(4 * size), np.int32)
+        self._device = backend.empty((size,), np.int32)
+        self._indices = backend.empty((self.buckets[-1],), np.int32)
+        backend.put(self._indices, 0, np.arange(self.buckets[-1], dtype=np.int32))
+        self._tokens = np.frombuffer(pinned_buffer(4 * self.buckets[-1]), np.int32)
+        self._graphs: dict[tuple[int, int, bool], Any] = {}
+        self.last_graph = None  # that was replayed, for measurements
+        self._under_way = False  # a step was begun and not waited for
+        self._shape = (0, 0)  # the pair of buckets that the pinned buffer is laid out for
+        self._rows: list[tuple[Any, int]] = []  # whose block table each row of it holds, and of how many blocks
+
+    def can_run(self, output: SchedulerOutput) -> bool:
+        return 0 < output.num_decodes == len(output.scheduled) <= self.buckets[-1] and all(
+            scheduled.sample for scheduled in output.scheduled)
+
+    def begin(self, output: SchedulerOutput) -> Callable[[], dict[str, int]]:
+        """Start the step; returns what waits for it and gives request_id -> token."""
+        cuda.current_context()
+        if self._under_way:  # nobody waited for the step before: its copies may not have run
+            self.stream.synchronize()
+        scheduled = output.scheduled
+        count = len(scheduled)
+        bucket = next(bucket for bucket in self.buckets if bucket >= count)
+        width = self._width(max(len(s.block_ids) for s in scheduled))
+        requests = [s.request for s in scheduled]
+        greedy = not any(request.params.temperature for request in requests)
+        used = self._fill(scheduled, bucket, width)
+        self.stream.copy_to_device(self._device.address, self._pinned.ctypes.data, 4 * used)
+
+        graph = self._graphs.get((bucket, width, greedy))
+        if graph is not None:
+            graph.launch(self.stream)
+            self.last_graph = graph
+        else:
+            batch = self._batch(bucket, width)
+            self._launch(batch, greedy)
+            with self.stream.capture() as captured:
+                self._launch(batch, greedy)
+            self._graphs[bucket, width, greedy] = captured.graph
+        tokens = self.runner.token_ids if greedy else self.runner.sample(requests)
+        self.stream.copy_to_host(self._tokens.ctypes.data, tokens.address, 4 * count)
+        self._under_way = True
+
+        def wait() -> dict[str, int]:
+            self.stream.synchronize()
+            self._under_way = False
+            self.runner.last_sampled = requests
+            return {request.request_id: token for request, token in zip(requests, self._tokens[:count].tolist())}
+
+        return wait
+
+    # ---- details ----
+
+    def _width(self, blocks: int) -> int:
+        """Columns of the block tables: room for a power of two of attention's parts."""
+        parts = ceil_div(blocks * self.block_size, SPLIT)
+        return ceil_div((1 << (parts - 1).bit_length()) * SPLIT, self.block_size)
+
+    def _fill(self, scheduled: list, bucket: int, width: int) -> int:
+        """Write the step's inputs into the pinned buffer; returns how many numbers."""
+        count, block_size = len(scheduled), self.block_size
+        first_table = len(COLUMNS) * bucket
+        columns = self._pinned[:first_table].reshape(len(COLUMNS), bucket)
+        tables = self._pinned[first_table:first_table + bucket * width].reshape(bucket, width)
+        if self._shape != (bucket, width):
+            self._shape, self._rows = (bucket, width), []
+            columns[:] = 0
+            tables[:] = 0
+        starts = [s.start for s in scheduled]
+        columns[0, :count] = [s.request.token_ids[s.start] for s in scheduled]
+        columns[1, :count] = starts
+        columns[2, :count] = [s.block_ids[start // block_size] * block_size + start % block_size
+                              for s, start in zip(scheduled, starts)]
+        columns[3, :count] = columns[1, :count] + 1
+        columns[2, count:], columns[3, count:] = -1, 0  # rows that are not there: no slot, no context
+        rows = self._rows
+        for i, s in enumerate(scheduled):  # a table only grows, in its own list: most are what they were a step ago
+            blocks = s.block_ids
+            if i < len(rows) and rows[i][0] is blocks:
+                known = rows[i][1]
+                if known != len(blocks):
+                    tables[i, known:len(blocks)] = blocks[known:]
+                    rows[i] = blocks, len(blocks)
+                continue
+            tables[i, :len(blocks)] = blocks
+            if i < len(rows):
+                rows[i] = blocks, len(blocks)
+            else:
+                rows.append((blocks, len(blocks)))
+        return first_table + count * width
+
+    def _batch(self, bucket: int, width: int) -> Batch:
+        address = self._device.address
+
+        def part(offset: int, *shape: int) -> DeviceArray:
+            return DeviceArray(address + 4 * offset, shape, INT32, self._device)
+
+        columns = {name: part(i * bucket, bucket) for i, name in enumerate(COLUMNS)}
+        return Batch(**columns, block_tables=part(len(COLUMNS) * bucket, bucket, width),
+                     query_start_loc=self._indices, logits_indices=self._indices[:bucket], num_decodes=bucket)
+
+    def _launch(self, batch: Batch, greedy: bool) -> None:
+        runner = self.runner
+        self.backend.forward(runner.weights, runner.kv_cache, batch, runner.buffers, runner.dims)
+        if greedy:
+            bucket = batch.num_decodes
+            self.backend.argmax(runner.token_ids[:bucket], runner.buffers.logits[:bucket])
