@@ -1,7 +1,8 @@
 """The topic behind AttentionScope: rows of attention of one request, as its tokens are computed.
 
-The rows are pulled. About eight times a second, and only if something has changed, `look_at_rows` runs between two
-steps of the engine, for a few milliseconds; what is left waits for the next time. So a page can fall behind the
+The rows are pulled. A few times a second, and only if something has changed, `look_at_rows` runs between two steps of
+the engine; what is left waits for the next time. An engine that goes as fast as it can gives 1% of its time; one that is
+held to a pace has time to spare, and one that is paused or has nothing to do has plenty. So a page can fall behind the
 engine and catch up, but cannot hold it back.
 
     selection.request, else whoever comes ── follow ──> queries kept ── look ──> AttentionRecord ──> page
@@ -25,8 +26,10 @@ from widgets.frames import Payload
 from widgets.topics.base import Topic, register
 
 LOOKS_PER_SECOND = 8
-BUDGET_S = 0.0035  # of the engine's time for one look
-IDLE_BUDGET_S = 0.03  # the same, while nobody waits for a token
+SHARE = 0.01  # of the time of an engine that goes as fast as it can
+BUDGET_S = 0.001  # of its time for one look: one step in some hundred is late by so much
+SPARE_SHARE = 0.25  # of the pace of an engine that is held to one
+IDLE_BUDGET_S = 0.03  # for one look while nobody waits for a token
 KEPT_TOKENS = 1024  # positions of a request whose queries are kept
 KEPT_RECORDS = 6  # requests whose maps are remembered
 POOLED_WIDTH = 4 * SIDE  # columns that travel for all heads: four to a pixel of a thumbnail
@@ -49,6 +52,7 @@ class Wish:
     has_full: np.ndarray
     layer: int
     head: int
+    budget_s: float = BUDGET_S
 
 
 @dataclass
@@ -66,6 +70,7 @@ class Seen:
     rows: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # positions [R], uint8 [L, H, R, W]
     full: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # positions [R], uint8 [R, context]
     more: bool = False  # the time was up
+    took_s: float = 0.0
     trouble: str | None = None
 
 
@@ -73,7 +78,8 @@ def look_at_rows(llm: Any, wish: Wish) -> Seen:
     """Between two steps: see to it that the request is watched, and compute rows until the time is up."""
     from tinyvllm.probe.follow import follow  # here: a recorded run needs nothing that computes
 
-    end = time.perf_counter() + (BUDGET_S if llm.engine.has_unfinished_requests() else IDLE_BUDGET_S)
+    start = time.perf_counter()
+    end = start + (wish.budget_s if llm.engine.has_unfinished_requests() else IDLE_BUDGET_S)
     request_id = follow(llm, wish.request_id, KEPT_TOKENS)
     probe, dims = llm.probe, llm.runner.dims
     seen = Seen(request_id, min(wish.layer, dims.num_layers - 1), min(wish.head, dims.num_heads - 1),
@@ -91,6 +97,7 @@ def look_at_rows(llm: Any, wish: Wish) -> Seen:
             seen.rows.append((positions, probe.attention_uint8(positions.tolist(), width=POOLED_WIDTH)))
     except TinyVLLMError as error:  # its blocks have been given to another request
         seen.trouble, seen.more = str(error), False
+    seen.took_s = time.perf_counter() - start
     return seen
 
 
@@ -200,7 +207,15 @@ class AttentionTopic(Topic):
         if record is not None:
             has_row, has_full = record.has_row.copy(), np.zeros(len(record.has_row), bool)
             has_full[list(record.full(*focus))] = True
-        return Wish(wanted, known, has_row, has_full, *focus)
+        return Wish(wanted, known, has_row, has_full, *focus, self._budget_s())
+
+    def _budget_s(self) -> float:
+        """Of the engine's time, for the next look."""
+        source = self.feed.source
+        if source.state != "running":
+            return IDLE_BUDGET_S
+        pace = getattr(source, "steps_per_second", None)
+        return BUDGET_S if pace is None else max(BUDGET_S, min(IDLE_BUDGET_S, SPARE_SHARE / pace))
 
     def _take(self, look: Future, state: EngineState) -> None:
         self._look = None
@@ -210,6 +225,8 @@ class AttentionTopic(Topic):
             self._note = note
             return
         seen: Seen = look.result()
+        if self.feed.source.state == "running" and getattr(self.feed.source, "steps_per_second", None) is None:
+            self._next_look = max(self._next_look, time.monotonic() + seen.took_s / SHARE)
         self._changed |= seen.request_id != self._seen.request_id or (seen.trouble or "") != self._note
         self._seen, self._note = seen, seen.trouble or ""
         self._stale |= seen.more
