@@ -25,6 +25,7 @@ def params(count):
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     monkeypatch.setattr(topic, "LOOKS_PER_SECOND", 10_000)
+    monkeypatch.setattr(topic, "SHARE", 10_000)
 
 
 @pytest.fixture
