@@ -57,29 +57,36 @@ def record(bench: Bench, policy: str, num_blocks: int, requests: list, profiled:
                 arrival, prompt = waiting.pop(0)
                 engine.add_request(prompt, SamplingParams(temperature=0, max_tokens=arrival.num_output_tokens,
                                                           ignore_eos=True))
-            if log is not None and engine.num_steps + 1 in profiled:
+            if engine.num_steps + 1 in profiled:
                 bench.runner.profiler = StepProfiler(bench.config, bench.backend, partial(emit_profile, log))
             if engine.has_unfinished_requests():
                 engine.step()
     return log.read()[0]
 
 
-def emit_profile(log: EventLog, profile: StepProfile) -> None:
+def emit_profile(log: EventLog | None, profile: StepProfile) -> None:
     """As Probe.profile_next_step does, with the roofs of this GPU."""
-    log.emit("step_profiled", None, profile.operations, {**profile.about, "ceilings": ceilings("cuda")._asdict()})
+    if log is not None:
+        log.emit("step_profiled", None, profile.operations, {**profile.about, "ceilings": ceilings("cuda")._asdict()})
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tinyvllm.bench.record", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", help=f"some of {','.join(RUNS)}")
     options = parser.parse_args(argv)
+    chosen = options.only.split(",") if options.only else list(RUNS)
+    unknown = sorted(set(chosen) - set(RUNS))
+    if unknown:
+        parser.error(f"--only takes {', '.join(RUNS)}, not {', '.join(unknown)}")
     options.folder.mkdir(parents=True, exist_ok=True)
     require_cuda()
     bench, requests, gpu = Bench(LLAMA_3_2_1B), arrivals(), device_name()
     about = {"model": "random weights in the shape of Llama-3.2-1B", "device": "cuda", "gpu": gpu,
              "environment": describe_environment("numba-cuda", "cuda-bindings"),
              "command": "python -m tinyvllm.bench.record FOLDER"}
-    for name, (policy, num_blocks) in RUNS.items():
+    for name in chosen:
+        policy, num_blocks = RUNS[name]
         if name == "anatomy":
             events = record(bench, policy, num_blocks, [a._replace(at=0.0) for a in requests[:8]], PROFILED_STEPS)
         else:
