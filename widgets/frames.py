@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 ALIGNMENT = 8
+_PADDING = bytes(ALIGNMENT)
 DTYPES = ("|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<f4", "<f8")
 
 
@@ -35,15 +36,16 @@ class Packer:
         """The JSON part of a payload; its arrays go into the buffer. Raises TypeError for a dtype outside DTYPES."""
         entries = {}
         for name, array in payload.arrays.items():
-            array = np.ascontiguousarray(array)
             dtype = array.dtype.str
             if dtype not in DTYPES:
                 raise TypeError(f"array {name!r} has dtype {array.dtype}; the page can take {', '.join(DTYPES)}")
             entries[name] = [dtype, self._size, list(array.shape)]
-            data = array.tobytes()
-            padding = -len(data) % ALIGNMENT
-            self._parts.append(data + b"\0" * padding)
-            self._size += len(data) + padding
+            data = array.tobytes()  # row after row, whatever the array's layout
+            self._parts.append(data)
+            self._size += len(data)
+            if padding := -len(data) % ALIGNMENT:
+                self._parts.append(_PADDING[:padding])
+                self._size += padding
         return {"data": payload.data, "arrays": entries}
 
     def buffers(self) -> list[bytes]:

@@ -48,7 +48,7 @@ class Reader:
             events, self._skip_to_config = events[first:], False
         if events and self.origin_ns is None:
             self.origin_ns = events[0].t_ns
-        return events, [event for event in events if self.history.apply(event)], anew
+        return events, self.history.extend(events), anew
 
     def ms(self, t_ns: int) -> float:
         """An event's time in the page's unit: milliseconds since the origin."""

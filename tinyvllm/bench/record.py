@@ -27,9 +27,10 @@ from tinyvllm.engine.trace import Trace
 from tinyvllm.kernels.cuda_support import device_name, require_cuda
 from tinyvllm.probe.profiler import StepProfile, StepProfiler
 
-SEATS, BUDGET, ROOMY, TIGHT = 32, 512, 1536, 420
-RUNS = {"continuous": ("continuous", ROOMY), "static": ("static", ROOMY), "tight": ("continuous", TIGHT),
-        "anatomy": ("continuous", ROOMY)}
+SEATS, ROOMY, TIGHT = 32, 1536, 420
+# name -> (policy, blocks, token budget). A static batch is what one step's budget admits: it gets one for all its prompts.
+RUNS = {"continuous": ("continuous", ROOMY, 512), "static": ("static", ROOMY, 16384), "tight": ("continuous", TIGHT, 512),
+        "anatomy": ("continuous", ROOMY, 512)}
 PROFILED_STEPS = (1, 2, 12, 20, 40, 60)  # of the run "anatomy"
 
 
@@ -38,7 +39,8 @@ def arrivals():
     return poisson_arrivals(96, 90.0, prompt_tokens=(64, 512), output_tokens=(32, 256), num_shared_tokens=64, seed=7)
 
 
-def record(bench: Bench, policy: str, num_blocks: int, requests: list, profiled: tuple[int, ...] = ()) -> list:
+def record(bench: Bench, policy: str, num_blocks: int, budget: int, requests: list,
+           profiled: tuple[int, ...] = ()) -> list:
     """Serve the arrivals by the clock; returns the events. A first pass, not recorded, captures graphs.
 
     profiled: numbers of steps to take apart; these alone take longer than they would.
@@ -46,7 +48,7 @@ def record(bench: Bench, policy: str, num_blocks: int, requests: list, profiled:
     for log in (None, EventLog(10**6)):
         engine = LLMEngine(bench.runner, vocab_size=bench.config.vocab_size, eos_token_ids=bench.config.eos_token_ids,
                            num_blocks=num_blocks, block_size=BLOCK_SIZE, max_model_len=MAX_MODEL_LEN,
-                           max_num_seqs=SEATS, max_num_batched_tokens=BUDGET, scheduling_policy=policy)
+                           max_num_seqs=SEATS, max_num_batched_tokens=budget, scheduling_policy=policy)
         if log is not None:
             engine.listen(log)
         vocabulary = range(bench.config.vocab_size - 256)  # without the special tokens
@@ -86,11 +88,11 @@ def main(argv: list[str] | None = None) -> None:
              "environment": describe_environment("numba-cuda", "cuda-bindings"),
              "command": "python -m tinyvllm.bench.record FOLDER"}
     for name in chosen:
-        policy, num_blocks = RUNS[name]
+        how = RUNS[name]
         if name == "anatomy":
-            events = record(bench, policy, num_blocks, [a._replace(at=0.0) for a in requests[:8]], PROFILED_STEPS)
+            events = record(bench, *how, [a._replace(at=0.0) for a in requests[:8]], PROFILED_STEPS)
         else:
-            events = record(bench, policy, num_blocks, requests)
+            events = record(bench, *how, requests)
         trace = Trace(events, {**about, "run": name})
         path = trace.save(options.folder / f"{gpu.split()[-1].lower()}_{name}.jsonl.gz", prompt_ids=False)
         steps = trace.events[-1].step

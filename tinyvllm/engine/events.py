@@ -84,7 +84,10 @@ class EventLog:
                 continue
             if len(newest_first) < wanted or newest_first[-1][0] <= since:
                 break
-        events = [Event._make(event) for event in reversed(newest_first) if event[0] >= since]
+        while newest_first and newest_first[-1][0] < since:
+            newest_first.pop()
+        newest_first.reverse()
+        events = [*map(Event._make, newest_first)]
         return events, bool(events) and events[0].seq > since
 
     def __len__(self) -> int:

@@ -10,6 +10,7 @@ run. The oldest chapter goes when there are too many events.
 import threading
 from bisect import bisect_right
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tinyvllm.engine.events import Event
@@ -49,24 +50,38 @@ class History:
 
     def apply(self, event: Event) -> bool:
         """Take in the next event; False if it said nothing new. Raises ValueError for an unknown kind."""
+        return bool(self.extend([event]))
+
+    def extend(self, events: Iterable[Event]) -> list[Event]:
+        """Take in the next events; those that said something new. Raises ValueError at an unknown kind."""
+        new: list[Event] = []
+        apply, chapter = self.state.apply, self._chapters[-1]
         with self._lock:
-            is_new = self.state.apply(event)
-            if is_new and event.kind == "engine_config":
-                self._step_ends.clear()  # their numbers begin again
-                if event.t_ns < self._newest_ns:
-                    self._begin_anew(event.t_ns)
-            chapter = self._chapters[-1]
-            self._newest_ns = max(self._newest_ns, event.t_ns)
-            self._num_events += 1
-            chapter.events.append(event)
-            chapter.times.append(self._newest_ns)
-            chapter.work += _work(event)
-            if is_new:
-                self._step_ends[event.step] = self._num_events
-            if chapter.work >= self.chapter_work:
-                self._chapters.append(_Chapter(_frozen(self.state), self._num_events, self._newest_ns))
-                self._forget()
-            return is_new
+            for event in events:
+                _, t_ns, kind, step, _, a, b = event
+                is_new = apply(event)
+                if is_new and kind == "engine_config":
+                    self._step_ends.clear()  # their numbers begin again
+                    if t_ns < self._newest_ns:
+                        self._begin_anew(t_ns)
+                        chapter = self._chapters[-1]
+                if t_ns > self._newest_ns:
+                    self._newest_ns = t_ns
+                self._num_events += 1
+                chapter.events.append(event)
+                chapter.times.append(self._newest_ns)
+                if kind == "step_begun":
+                    chapter.work += 1 + 2 * len(b)  # once more when it ends
+                else:
+                    chapter.work += 1 + len(a) if kind == "tokens" else 1
+                if is_new:
+                    self._step_ends[step] = self._num_events
+                    new.append(event)
+                if chapter.work >= self.chapter_work:
+                    chapter = _Chapter(_frozen(self.state), self._num_events, self._newest_ns)
+                    self._chapters.append(chapter)
+                    self._forget()
+        return new
 
     def state_at(self, t_ns: int) -> EngineState:
         """The state at that time; at a time before the first event that is kept, the oldest state known."""
@@ -120,18 +135,11 @@ class History:
         return f"it holds steps {min(known)} to {max(known)}" if known else "it holds none"
 
 
-def _work(event: Event) -> int:
-    if event.kind == "step_begun":
-        return 1 + 2 * len(event.b)  # once more when it ends
-    return 1 + len(event.a) if event.kind == "tokens" else 1
-
-
 def _frozen(state: EngineState) -> EngineState:
     """A copy to keep, which may only be cloned: its longest lists are tuples, no work for the garbage collector."""
     state = state.clone()
-    for request in state.requests.values():
-        if request.finished_ns is None:
-            request.token_ids, request.token_ns = tuple(request.token_ids), tuple(request.token_ns)
+    for request in state.unfinished.values():
+        request.token_ids, request.token_ns = tuple(request.token_ids), tuple(request.token_ns)
     return state
 
 

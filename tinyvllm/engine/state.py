@@ -4,7 +4,8 @@ Widgets read this and never the engine, so the same picture comes from a live ru
 machine. A test holds it against the engine's own books after every step of a random storm.
 """
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import Self
@@ -67,7 +68,10 @@ class RequestState:
 
 @dataclass(slots=True)
 class StepState:
-    """One step: its batch as ((request_id, start, count, sampled), ...), and its times."""
+    """One step: its batch as ((request_id, start, count, sampled), ...), and its times.
+
+    prefills: those rows of the batch that compute more than a request's newest token, as it was when the step began.
+    """
 
     step: int
     begin_ns: int
@@ -76,6 +80,7 @@ class StepState:
     end_ns: int | None = None
     runner_ns: int | None = None
     error: str | None = None
+    prefills: tuple[tuple, ...] = ()
 
 
 class EngineState:
@@ -92,6 +97,11 @@ class EngineState:
         self.kept_requests = kept_requests
         self.config: dict = {}
         self.requests: dict[str, RequestState] = {}
+        # Kept up to date with every event, so that nobody has to walk over a thousand requests in every frame:
+        self.unfinished: dict[str, RequestState] = {}  # in the order of their arrival, as `requests` is
+        self.counts: Counter[str] = Counter()  # status -> requests that are known
+        self.num_preempted = 0  # preemptions of the requests that are known
+        self.num_cached_tokens = 0  # of the requests that are known: found in the prefix cache
         self.steps: deque[StepState] = deque(maxlen=kept_steps)
         self.block_owners: dict[int, list[str]] = {}  # block_id -> the requests that hold it
         self.block_places: dict[int, tuple[str, int]] = {}  # block_id -> who had it last, and as which of its blocks
@@ -104,7 +114,7 @@ class EngineState:
 
     def apply(self, event: Event) -> bool:
         """Take in one event; False if it was passed over. Raises ValueError for a kind that this version lacks."""
-        seq, kind = event.seq, event.kind
+        seq, kind = event[0], event[2]  # by number: half the time of by name
         handler = _HANDLERS.get(kind)
         if handler is None:
             raise ValueError(f"unknown kind of event {kind!r}: this trace is from a newer version")
@@ -124,8 +134,10 @@ class EngineState:
         """A copy that goes its own way: cheap, since what has ended does not change and is shared."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other.requests = {name: request.clone() if request.finished_ns is None else request
-                          for name, request in self.requests.items()}
+        other.requests = self.requests.copy()
+        other.unfinished = {name: request.clone() for name, request in self.unfinished.items()}
+        other.requests.update(other.unfinished)
+        other.counts = self.counts.copy()
         other.steps = self.steps.copy()
         if other.steps:
             other.steps[-1] = replace(other.steps[-1])
@@ -134,6 +146,10 @@ class EngineState:
         other.cached_blocks = self.cached_blocks.copy()
         other._finished = self._finished.copy()
         return other
+
+    def finished_newest_first(self) -> Iterator[RequestState]:
+        """The requests that have ended and are remembered, the last one first."""
+        return (self.requests[name] for name in reversed(self._finished))
 
     @property
     def num_used_blocks(self) -> int:
@@ -150,7 +166,8 @@ class EngineState:
         # All of it goes: ids, step numbers and, in a recorded run, times begin again. New objects, for whoever
         # still reads the old ones.
         self.config = e.a
-        self.requests = {}
+        self.requests, self.unfinished, self.counts = {}, {}, Counter()
+        self.num_preempted = self.num_cached_tokens = 0
         self.steps = deque(maxlen=self.steps.maxlen)
         self.block_owners = {}
         self.block_places = {}
@@ -165,10 +182,24 @@ class EngineState:
     def _request_added(self, e: Event) -> None:
         ids = None if isinstance(e.a, int) else e.a
         if e.request_id in self.requests:  # an id that was used before: the new one comes last
-            del self.requests[e.request_id]
-            self._finished.pop(e.request_id, None)
-        self.requests[e.request_id] = RequestState(e.request_id, e.a if ids is None else len(ids), e.b, e.t_ns, ids,
-                                                   spans=[Span("waiting", e.t_ns)])
+            self._forget(e.request_id)
+        request = RequestState(e.request_id, e.a if ids is None else len(ids), e.b, e.t_ns, ids,
+                               spans=[Span("waiting", e.t_ns)])
+        self.requests[e.request_id] = self.unfinished[e.request_id] = request
+        self.counts["waiting"] += 1
+
+    def _forget(self, request_id: str) -> None:
+        request = self.requests.pop(request_id)
+        self.unfinished.pop(request_id, None)
+        self._finished.pop(request_id, None)
+        self.counts[request.status] -= 1
+        self.num_preempted -= sum(span.kind == "preempted" for span in request.spans)
+        self.num_cached_tokens -= request.num_cached_tokens
+
+    def _set_status(self, request: RequestState, status: str) -> None:
+        self.counts[request.status] -= 1
+        self.counts[status] += 1
+        request.status = status
 
     # Of a request that is not known (any more), nothing is told: that ends nothing.
 
@@ -177,8 +208,10 @@ class EngineState:
         if request is None:
             return
         cached, computed = e.a if isinstance(e.a, list) else (e.a, e.a)
-        request.status, request.num_computed_tokens = "running", computed
+        self._set_status(request, "running")
+        request.num_computed_tokens = computed
         if e.b == 0 or isinstance(e.a, list):
+            self.num_cached_tokens += cached - request.num_cached_tokens
             request.num_cached_tokens = cached
         request.num_preemptions = e.b
         self._open_span(request, "prefill", e.t_ns)
@@ -187,26 +220,33 @@ class EngineState:
         request = self.requests.get(e.request_id)
         if request is None:
             return
-        request.status, request.num_computed_tokens = "preempted", 0
-        self._open_span(request, "preempted", e.t_ns)
+        self._set_status(request, "preempted")
+        request.num_computed_tokens = 0
+        self.num_preempted += self._open_span(request, "preempted", e.t_ns)
 
     def _request_finished(self, e: Event) -> None:
         request = self.requests.get(e.request_id)
         if request is None:
             return
-        request.status, request.finished_ns = e.a, e.t_ns
+        self._set_status(request, e.a)
+        request.finished_ns = e.t_ns
+        self.unfinished.pop(e.request_id, None)
         if request.spans[-1].end_ns is None:
             request.spans[-1].end_ns = e.t_ns
         self._finished[e.request_id] = None
         if self.kept_requests is not None and len(self._finished) > self.kept_requests:
-            del self.requests[self._finished.popitem(last=False)[0]]
+            self._forget(next(iter(self._finished)))
 
     def _step_begun(self, e: Event) -> None:
-        self.steps.append(StepState(e.step, e.t_ns, e.a, e.b))
-        requests = self.requests
-        for request_id, start, count, _ in e.b:
-            if count == 1 and (request := requests.get(request_id)) and start >= request.num_prompt_tokens:
-                self._open_span(request, "decode", e.t_ns)
+        requests, t_ns, prefills = self.requests, e.t_ns, []
+        for row in e.b:
+            request_id, start, count, _ = row
+            request = requests.get(request_id)
+            if count > 1 or request is not None and start < request.num_prompt_tokens:
+                prefills.append(row)
+            elif request is not None and ((last := request.spans[-1]).kind != "decode" or last.end_ns is not None):
+                self._open_span(request, "decode", t_ns)
+        self.steps.append(StepState(e.step, t_ns, e.a, e.b, prefills=tuple(prefills)))
 
     def _step_ended(self, e: Event) -> None:
         if not self.steps:
@@ -263,13 +303,15 @@ class EngineState:
         self.profile = {"step": e.step, "operations": e.a, **(e.b or {})}
 
     @staticmethod
-    def _open_span(request: RequestState, kind: str, t_ns: int) -> None:
+    def _open_span(request: RequestState, kind: str, t_ns: int) -> bool:
+        """Whether a span began: one of this kind that is open goes on."""
         last = request.spans[-1]
         if last.end_ns is None:
             if last.kind == kind:
-                return
+                return False
             last.end_ns = t_ns
         request.spans.append(Span(kind, t_ns))
+        return True
 
 
 _HANDLERS = {kind: getattr(EngineState, f"_{kind}") for kind in KINDS}

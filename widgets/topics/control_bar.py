@@ -22,35 +22,34 @@ class ControlTopic(Topic):
     def __init__(self, feed, **params):
         super().__init__(feed, **params)
         self._recent: deque[tuple[int, int]] = deque()  # (time, tokens) of the last second
-        self._counts: dict[str, int] = {}
+        self._num_recent = 0  # tokens in there
         self._told: dict[str, Any] | None = None
 
     def snapshot(self, state: EngineState) -> Payload:
         self._recent = deque((step.end_ns, sum(row[3] for row in step.batch)) for step in state.steps
                              if step.end_ns is not None and step.error is None)
-        self._counts = count_requests(state)
-        self._told = self._describe()
+        self._num_recent = sum(count for _, count in self._recent)
+        self._told = self._describe(state)
         return Payload(self._told)
 
     def delta(self, state: EngineState, events: list[Event]) -> Payload | None:
         for event in events:
-            if event.kind == "tokens":
+            if event[2] == "tokens":
                 self._recent.append((event.t_ns, len(event.a)))
-        if any(event.kind.startswith(("request_", "engine_")) for event in events):
-            self._counts = count_requests(state)
-        now = self._describe()
+                self._num_recent += len(event.a)
+        now = self._describe(state)
         if now == self._told:
             return None
         self._told = now
         return Payload(now)
 
-    def _describe(self) -> dict[str, Any]:
+    def _describe(self, state: EngineState) -> dict[str, Any]:
         source, controls = self.feed.source, Controls.of(self.feed)
         since = source.now_ns() - WINDOW_NS
         while self._recent and self._recent[0][0] <= since:
-            self._recent.popleft()
+            self._num_recent -= self._recent.popleft()[1]
         arrivals = controls.arrivals
-        return {**self._counts, "tokens_per_s": sum(count for _, count in self._recent),
+        return {**count_requests(state), "tokens_per_s": self._num_recent,
                 "speed": source.steps_per_second, "limits": limits(source), "cannot": controls.cannot(),
                 "arrivals": {"rate": arrivals.rate, "sent": arrivals.sent,
                              "error": str(arrivals.error) if arrivals.error else None},
@@ -60,13 +59,9 @@ class ControlTopic(Topic):
 
 def count_requests(state: EngineState) -> dict[str, int]:
     """How many requests run, wait (preempted ones too) and have ended; how often one was preempted."""
-    counts = {"running": 0, "waiting": 0, "finished": 0, "preemptions": 0}
-    for request in state.requests.values():
-        kind = ("finished" if request.finished_ns is not None else "running" if request.status == "running"
-                else "waiting")
-        counts[kind] += 1
-        counts["preemptions"] += sum(span.kind == "preempted" for span in request.spans)
-    return counts
+    running, unfinished = state.counts["running"], len(state.unfinished)
+    return {"running": running, "waiting": unfinished - running, "finished": len(state.requests) - unfinished,
+            "preemptions": state.num_preempted}
 
 
 def limits(source: Any) -> dict[str, int]:

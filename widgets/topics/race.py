@@ -10,7 +10,7 @@ changed.
 """
 
 from bisect import bisect_right
-from collections import Counter
+from itertools import chain, takewhile
 from typing import Any
 
 from tinyvllm.engine.events import Event
@@ -79,18 +79,19 @@ class RaceTopic(Topic):
             slot = self._free_slot(now_ns, 0)
             self._cards[-1 if slot is None else slot] = Card(selected)
             seated = {card.request.request_id for card in self._cards if card is not None}
-        waiting = [r for r in state.requests.values() if r.request_id not in seated]
+        for request in state.unfinished.values():
+            if request.request_id not in seated:
+                slot = self._free_slot(now_ns, patience_ns)
+                if slot is None:
+                    return
+                self._cards[slot] = Card(request)
         # Then the newest finished ones, while there is room that nobody else wants.
-        finished = [r for r in waiting if r.status in FINISHED][::-1]
-        for request in [r for r in waiting if r.status not in FINISHED]:
-            slot = self._free_slot(now_ns, patience_ns)
-            if slot is None:
-                return
-            self._cards[slot] = Card(request)
-        for request in finished:
-            if None not in self._cards:
-                return
-            self._cards[self._cards.index(None)] = Card(request)
+        if None in self._cards and len(state.requests) > len(state.unfinished):
+            for request in reversed(state.requests.values()):
+                if request.finished_ns is not None and request.request_id not in seated:
+                    self._cards[self._cards.index(None)] = Card(request)
+                    if None not in self._cards:
+                        return
 
     def _free_slot(self, now_ns: int, patience_ns: int) -> int | None:
         if None in self._cards:
@@ -157,9 +158,9 @@ class RaceTopic(Topic):
         return "".join(f"{token_id} " for token_id in request.token_ids)
 
     def _totals(self, state: EngineState, now_ns: int) -> dict[str, Any]:
-        counts = Counter(request.status for request in state.requests.values())
+        counts = state.counts
         return {"requests": len(state.requests), "running": counts["running"], "waiting": counts["waiting"],
-                "preempted": counts["preempted"], "finished": sum(counts[reason] for reason in FINISHED),
+                "preempted": counts["preempted"], "finished": len(state.requests) - len(state.unfinished),
                 "rate": _recent_tokens(state, now_ns) * 1e9 / WINDOW_NS}
 
 
@@ -188,5 +189,6 @@ def _newest_ns(state: EngineState) -> int:
 def _recent_tokens(state: EngineState, now_ns: int) -> int:
     """How many tokens came in the last second before `now_ns`."""
     since = now_ns - WINDOW_NS
-    return sum(len(r.token_ns) - bisect_right(r.token_ns, since) for r in state.requests.values()
+    ended = takewhile(lambda request: request.finished_ns > since, state.finished_newest_first())
+    return sum(len(r.token_ns) - bisect_right(r.token_ns, since) for r in chain(state.unfinished.values(), ended)
                if r.token_ns and r.token_ns[-1] > since)

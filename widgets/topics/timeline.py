@@ -19,7 +19,6 @@ import numpy as np
 
 from tinyvllm.engine.events import Event
 from tinyvllm.engine.state import EngineState, RequestState, StepState
-from widgets.figures import prefill_rows
 from widgets.frames import Payload
 from widgets.topics.base import Topic, register
 
@@ -126,8 +125,11 @@ class TimelineTopic(Topic):
         return rows
 
     def _step(self, step: StepState, state: EngineState) -> tuple[tuple, list[tuple]]:
-        prefills = prefill_rows(step.batch, state.requests)
+        prefills = step.prefills
         begin = self.feed.ms(step.begin_ns)
+        if not prefills:  # nearly all steps are of this kind
+            return (step.step, begin, self._ms(step.end_ns), 0, step.num_tokens, len(step.batch),
+                    step.error is not None), []
         num_prefill = sum(row[2] for row in prefills)
         chunks = [(self._known[request_id].number, step.step, begin, start, count)
                   for request_id, start, count, _ in prefills
