@@ -223,6 +223,10 @@ def test_record_save_replay_and_back(bar):
     for name in ("burst", "policy", "record", "reset-with"):
         stage.until(lambda name=name: page.is_disabled(do(name)))
         assert page.get_attribute(do(name), "title").startswith("This is a recorded run: ")
+    feed = stage.panels["panel-0"].feed
+    assert page.input_value(do("rate")) == "1"
+    feed.source.set_rate(0.3)
+    stage.until(lambda: page.input_value(do("rate")) == "0.3")
     page.select_option(do("rate"), "at once")
     stage.until(lambda: counter(stage, "step") == str(trace.state().steps[-1].step))
     assert counter(stage, "finished") == "3" and not page.is_disabled(do("reset"))

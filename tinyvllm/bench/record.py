@@ -28,9 +28,9 @@ from tinyvllm.kernels.cuda_support import device_name, require_cuda
 from tinyvllm.probe.profiler import StepProfile, StepProfiler
 
 SEATS, ROOMY, TIGHT = 32, 1536, 420
-# name -> (policy, blocks, token budget). A static batch is what one step's budget admits: it gets one for all its prompts.
-RUNS = {"continuous": ("continuous", ROOMY, 512), "static": ("static", ROOMY, 16384), "tight": ("continuous", TIGHT, 512),
-        "anatomy": ("continuous", ROOMY, 512)}
+# name -> (policy, blocks, token budget). A static batch is what one step's budget admits: its own holds all prompts.
+RUNS = {"continuous": ("continuous", ROOMY, 512), "static": ("static", ROOMY, 16384),
+        "tight": ("continuous", TIGHT, 512), "anatomy": ("continuous", ROOMY, 512)}
 PROFILED_STEPS = (1, 2, 12, 20, 40, 60)  # of the run "anatomy"
 
 

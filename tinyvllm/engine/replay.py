@@ -57,6 +57,11 @@ class ReplayEngine(Driver):
         self._begin()
         self._thread.start()
 
+    @property
+    def rate(self) -> float:
+        """How many times as fast as it was recorded."""
+        return self._rate
+
     # ---- what a notebook asks for: each returns at once ----
 
     def set_rate(self, factor: float) -> None:

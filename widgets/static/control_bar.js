@@ -59,6 +59,12 @@ async function render({ model, el }) {
     onchange: () => act("rate", { factor: pace.value === "at once" ? 1e9 : Number(pace.value) }) },
     ...["0.1", "0.25", "0.5", "1", "2", "5", "20", "at once"].map((v) =>
       element("option", { value: v, text: v === "at once" ? v : `× ${v}`, selected: v === "1" })));
+  // The engine's pace may be one that is not in the list: it was made in a cell.
+  function showPace(rate) {
+    const value = rate >= 1e9 ? "at once" : String(rate);
+    if (![...pace.options].some((option) => option.value === value)) pace.append(element("option", { value, text: `× ${value}` }));
+    pace.value = value;
+  }
   const paceField = label("pace", "How many times as fast as it was recorded", pace);
 
   // ---- counters ----
@@ -217,6 +223,7 @@ async function render({ model, el }) {
     live = ui.client.live;
     for (const key of ["running", "waiting", "finished", "tokens_per_s"]) counters[key].textContent = asCount(now[key] || 0);
     speed.set(fromSpeed(now.speed), inSteps(now.speed));
+    if (now.rate && document.activeElement !== pace) showPace(now.rate);
     rate.set(fromRate(now.arrivals.rate), inRequests(now.arrivals.rate));
     arrived.textContent = now.arrivals.error ? `no more arrivals: ${now.arrivals.error}` : now.arrivals.sent ? `${asCount(now.arrivals.sent)} came` : "";
     const { recording, cannot } = now;

@@ -15,7 +15,7 @@ WINDOW_NS = 1_000_000_000  # the last second: tokens/s are counted, not guessed
 @register
 class ControlTopic(Topic):
     """Data: running, waiting, finished, preemptions, tokens_per_s (generated in the last second of the run's own time),
-    speed (steps a second or None), limits, arrivals, recording, cannot {what: why}."""
+    speed (steps a second or None), rate (of a recorded run), limits, arrivals, recording, cannot {what: why}."""
 
     name = "control"
 
@@ -50,7 +50,8 @@ class ControlTopic(Topic):
             self._num_recent -= self._recent.popleft()[1]
         arrivals = controls.arrivals
         return {**count_requests(state), "tokens_per_s": self._num_recent,
-                "speed": source.steps_per_second, "limits": limits(source), "cannot": controls.cannot(),
+                "speed": source.steps_per_second, "rate": getattr(source, "rate", None), "limits": limits(source),
+                "cannot": controls.cannot(),
                 "arrivals": {"rate": arrivals.rate, "sent": arrivals.sent,
                              "error": str(arrivals.error) if arrivals.error else None},
                 "recording": {"on": self.feed.is_recording, "unsaved": controls.has_unsaved, **controls.recorded},
