@@ -5,13 +5,14 @@ BIN    := $(VENV)/bin
 LAB_ARGS ?=          # for example LAB_ARGS='--no-browser --port 8890'
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo lab test gpu-test bench gpu-bench clean
+.PHONY: help demo lab test gpu-test bench feed-bench gpu-bench clean
 
 help:
 	@echo "make demo       set up, then eight prompts on the embedded model, watched live in the terminal"
 	@echo "make lab        set up, then JupyterLab on notebooks/00_start_here.ipynb"
 	@echo "make test       set up, then all tests (no GPU needed)"
 	@echo "make bench      CPU speed at the Llama-3.2-1B shape"
+	@echo "make feed-bench what the live panels cost the engine, in a real JupyterLab"
 	@echo "make gpu-bench  GPU speed at the Llama-3.2-1B shape, with the limits of the same GPU"
 	@echo "make gpu-test   the tests that need an NVIDIA GPU"
 	@echo "make clean      remove the virtual environment"
@@ -51,6 +52,9 @@ test: $(VENV)/.test $(VENV)/.browser
 
 bench: $(VENV)/.base
 	$(BIN)/python -m tinyvllm.bench.cpu
+
+feed-bench: $(VENV)/.test $(VENV)/.browser
+	$(BIN)/python -m tests.browser.feed_budget
 
 gpu-bench: $(VENV)/.cuda
 	$(BIN)/python -m tinyvllm.bench.gpu --json tinyvllm/bench/results/gpu_llama_1b.json

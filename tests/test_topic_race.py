@@ -229,6 +229,7 @@ def test_long_texts_are_cut_and_a_thousand_requests_are_no_burden(race):
     request.token_ids, request.token_ns = [1], [5]
     reader.feed.tick()
     reader.feed.state.requests = {"long": request, **reader.feed.state.requests}
+    reader.feed.state.unfinished = {"long": request, **reader.feed.state.unfinished}
     topic = type(reader.feed.subscriptions.topic(KEY))(reader.feed, shown=4)
     card = topic.snapshot(reader.feed.state).data["cards"][0]
     assert len(card["text"]) == KEPT_TEXT and card["cut"] == 50
@@ -296,7 +297,7 @@ PARAMS = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, seed=7, max_token
 def test_the_distribution_holds_all_logits_by_value(live, feed):
     request = live.add("Once upon a time", PARAMS)
     steps(live, feed, 3)
-    answer = next_token(feed, request).result(10)
+    answer = next_token(feed, request).result(10)()
     logits, tokens = live.between_steps(lambda llm: (llm.probe.logits(request),
                                                      list(llm.runner.last_sampled[0].token_ids))).result(10)
     data, keys, counts = answer.data, answer.arrays["keys"], answer.arrays["counts"]
@@ -315,8 +316,8 @@ def test_the_distribution_holds_all_logits_by_value(live, feed):
 
 def test_before_the_first_token_there_is_none(live, feed):
     request = live.add("Once upon a time", PARAMS)
-    assert next_token(feed, request).result(10).data["ids"] is None
-    assert next_token(feed, "nobody").result(10).data["ids"] is None
+    assert next_token(feed, request).result(10)().data["ids"] is None
+    assert next_token(feed, "nobody").result(10)().data["ids"] is None
 
 
 def finish(live, feed):
@@ -331,7 +332,7 @@ def finish(live, feed):
 def test_a_fork_goes_on_from_all_tokens_before_and_the_chosen_one(live, feed, mode):
     request = live.add("Once upon a time there was a fox who", PARAMS)
     steps(live, feed, 12)
-    position = next_token(feed, request).result(10).data["position"]
+    position = next_token(feed, request).result(10)().data["position"]
     child = fork(feed, request, position, 300, mode).result(10)["request"]
     finish(live, feed)
     parent, forked = feed.state.requests[request], feed.state.requests[child]
@@ -345,7 +346,7 @@ def test_a_fork_goes_on_from_all_tokens_before_and_the_chosen_one(live, feed, mo
 def test_a_fork_with_the_token_that_was_chosen_says_the_same_again(live, feed):
     request = live.add("Once upon a time there was a fox who", PARAMS)
     steps(live, feed, 6)
-    data = next_token(feed, request).result(10).data
+    data = next_token(feed, request).result(10)().data
     finish(live, feed)
     child = fork(feed, request, data["position"], data["chosen"]).result(10)["request"]  # after its end, too
     finish(live, feed)
@@ -356,7 +357,7 @@ def test_a_fork_with_the_token_that_was_chosen_says_the_same_again(live, feed):
 def test_forks_of_one_moment_have_names_of_their_own(live, feed):
     request = live.add("Once upon a time", PARAMS)
     steps(live, feed, 3)
-    position = next_token(feed, request).result(10).data["position"]
+    position = next_token(feed, request).result(10)().data["position"]
     names = [fork(feed, request, position, token).result(10)["request"] for token in (300, 301, 302)]
     assert names == [f"{request}.{n}" for n in (1, 2, 3)]
 

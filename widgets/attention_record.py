@@ -43,8 +43,11 @@ class AttentionRecord:
         first, last = columns[:-1] // tokens_each, (columns[1:] - 1) // tokens_each
         pixels = np.arange(last[-1] + 1)
         rows = pooled.reshape(-1, *pooled.shape[2:])
-        small = np.stack([rows[:, :, begin:end].max(axis=2) for begin, end in zip(
-            np.searchsorted(last, pixels), np.searchsorted(first, pixels, side="right"))], axis=2)
+        # Pixel i: the largest of columns begin[i] .. end[i] - 1. In one go: what lies between two pixels is thrown away.
+        bounds = np.stack([np.searchsorted(last, pixels), np.searchsorted(first, pixels, side="right")], axis=1)
+        padded = np.zeros((*rows.shape[:2], width + 1), np.uint8)  # an end may be one behind the last column
+        padded[:, :, :width] = rows
+        small = np.maximum.reduceat(padded, bounds.ravel(), axis=2)[:, :, ::2]
         for i, position in enumerate(positions.tolist()):
             row = self.thumbnails[:, position // tokens_each, :len(pixels)]
             np.maximum(row, small[:, i], out=row)

@@ -14,7 +14,8 @@ SAMPLES = 8  # events of a frame whose latency is taken
 
 @dataclass
 class FeedStats:
-    """Counters since the feed began. latency_ms: from an event to its drawing, the newest 4,000 samples."""
+    """Counters since the feed began. latency_ms: from an event to its drawing, the newest 4,000 samples.
+    pump_s: processor time of the pump's thread."""
 
     frames: int = 0
     bytes: int = 0

@@ -9,10 +9,12 @@ that fell behind sees the gap in the sequence numbers and asks the engine to tel
 the engine: it reads the log, and asks by `between_steps`.
 """
 
+import queue
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from tinyvllm.engine.events import Event
@@ -22,12 +24,13 @@ from widgets.answers.inspect import check_address
 from widgets.clock import FeedStats, Flow, LatencyClock
 from widgets.frames import Packer, Payload
 from widgets.hub import SELECTION, Hub
+from widgets.pace import FRAMES_PER_SECOND, Pace
 from widgets.reader import Reader
 from widgets.register import load_all
 from widgets.replies import reply
 from widgets.subscriptions import Subscription, Subscriptions
 
-FRAMES_PER_SECOND = 20
+SLICE_PAUSE_S = 0.001
 MOST_WAITING = 20_000  # events that wait for a frame: beyond that a snapshot is cheaper
 
 
@@ -40,15 +43,14 @@ class Feed:
 
     def __init__(self, source: Any = None, *, frames_per_second: float = FRAMES_PER_SECOND, hub: Any = None,
                  start: bool = True):
-        if not frames_per_second > 0:
-            raise ValueError(f"frames_per_second must be above 0, got {frames_per_second!r}")
+        self.pace = Pace(frames_per_second)
         load_all()
         self._reader = Reader(source)
         self.hub = Hub() if hub is None else hub
         self.lock = threading.RLock()  # around state and subscriptions: the pump writes, answers read
         self.stats = FeedStats()
         self.error: BaseException | None = None  # the last mistake in a topic; the feed goes on without it
-        self._interval = 1.0 / frames_per_second
+        self._jobs: queue.SimpleQueue = queue.SimpleQueue()  # functions for the pump's thread
         self.subscriptions = Subscriptions(self)
         self._frame = 0
         self.flow = Flow()
@@ -120,6 +122,7 @@ class Feed:
     def close(self) -> None:
         """End the pump. The engine goes on."""
         self._closed.set()
+        self._jobs.put(lambda: None)  # it need not wait for its next frame
         for end in self.on_close:
             end()
         if self._thread.is_alive():
@@ -177,17 +180,43 @@ class Feed:
 
     # ---- the pump ----
 
+    def later(self, job: Callable, *arguments: Any) -> None:
+        """Call job(*arguments) in the pump's thread, soon; here and now if that does not run."""
+        if self._thread.is_alive() and not self.closed:
+            self._jobs.put(partial(job, *arguments))
+        else:
+            job(*arguments)
+
     def _run(self) -> None:
-        while not self._closed.wait(self._interval):
+        due = time.monotonic() + self.pace.least_s
+        while not self._closed.is_set():
             try:
-                started = time.perf_counter()
+                if (wait := due - time.monotonic()) > 0:
+                    self._jobs.get(timeout=wait)()
+                    continue
                 with self.lock:
-                    self.tick()
-                self.stats.pump_s += time.perf_counter() - started
+                    self._frame_in_time()
+            except queue.Empty:
+                continue
             except Exception as error:  # a picture's mistake is not the engine's, nor the other pictures'
                 self.error = error
+            due = time.monotonic() + self.pace.interval_s(len(self.subscriptions.visible_ones()))
             if self.source.state == "closed":  # its last frame has just been sent
                 self._closed.set()
+        while not self._jobs.empty():
+            self._jobs.get()()
+
+    def _frame_in_time(self) -> None:
+        started = time.thread_time()
+        self.tick()
+        spent = time.thread_time() - started
+        self.stats.pump_s += spent
+        self.pace.spent(spent)
+
+    def _breathe(self) -> None:
+        """Between two pieces of a frame: an engine at full speed is held up by one of them and not by the sum."""
+        if threading.current_thread() is self._thread and self.source.state == "running":
+            time.sleep(SLICE_PAUSE_S)
 
     def tick(self) -> None:
         """One frame: take in what happened, and send what changed to whoever can see it."""
@@ -204,6 +233,7 @@ class Feed:
             if payload is not None:
                 topics[key] = {"mode": "snapshot" if sub.needs_snapshot else "delta", **packer.add(payload)}
                 sub.needs_snapshot = False
+                self._breathe()
         self.subscriptions.need_snapshots(lambda sub: not sub.visible)
         live = self.live()
         if topics or live != self._told:

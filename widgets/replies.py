@@ -1,4 +1,8 @@
-"""Questions from the page, and their answers: a Payload, a dictionary, None, or a Future of one of these."""
+"""Questions from the page, and their answers: a Payload, a dictionary, None, or a Future of one of these.
+
+A Future may also bring a function that gives one of these. It is called, and the answer packed and sent, in the pump's
+thread: what looked into the engine has done so in the engine's, which has better things to do.
+"""
 
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -21,14 +25,15 @@ def reply(feed: "Feed", message: dict[str, Any]) -> None:
         _refuse(feed, message["id"], error)
         return
     if isinstance(answer, Future):
-        answer.add_done_callback(lambda done: _take(feed, message["id"], done))
+        answer.add_done_callback(lambda done: feed.later(_take, feed, message["id"], done))
     else:
         _send(feed, message["id"], answer)
 
 
 def _take(feed: "Feed", question: str, done: Future) -> None:
     try:
-        _send(feed, question, done.result())
+        answer = done.result()
+        _send(feed, question, answer() if callable(answer) else answer)
     except BaseException as error:  # a cancelled Future's too: the page must not wait for ever
         _refuse(feed, question, error)
 

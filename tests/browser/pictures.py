@@ -2,6 +2,7 @@
 
     python -m tests.browser.pictures                    # all of them, a few minutes
     python -m tests.browser.pictures 02_bfloat16        # the posters of one notebook
+    python -m tests.browser.pictures dashboard          # the README's animation
 
 Each notebook is run in a real JupyterLab. What its cells printed stays as their output; in the place of each widget,
 whose state would be megabytes and which GitHub cannot show, stands a picture of it as it was at the end of the run.
@@ -28,11 +29,11 @@ SETTLE_MS = 1500  # for the last frames to be drawn
 CAPTURE = {"frames": 40, "every_ms": 180, "width": 860, "height": 1000}
 
 
-def small_png(shot: bytes, colours: int = 96) -> bytes:
+def small_png(shot: bytes, colours: int = 128) -> bytes:
     """A screenshot with a palette: a quarter of the bytes, and nobody sees it."""
     out = io.BytesIO()
     image = Image.open(io.BytesIO(shot)).convert("RGB")
-    image.quantize(colours, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    image.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return out.getvalue()
 
 
@@ -87,14 +88,39 @@ def capture(page: LabPage, path: Path) -> None:
         shot = Image.open(io.BytesIO(page.page.screenshot(clip=clip))).convert("RGB")
         frames.append(shot.resize(size, Image.Resampling.LANCZOS))
         page.page.wait_for_timeout(CAPTURE["every_ms"])
-    palette = frames[-1].quantize(64)
+    several = frames[::5]  # no single one has all colours
+    together = Image.new("RGB", (size[0], size[1] * len(several)))
+    for i, frame in enumerate(several):
+        together.paste(frame, (0, i * size[1]))
+    palette = together.quantize(160, Image.Quantize.MAXCOVERAGE)
     small = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     small[0].save(path, save_all=True, append_images=small[1:], duration=200, loop=0, optimize=True)
 
 
+DASHBOARD = """
+from IPython.display import display
+from tinyvllm import LLM, LiveEngine, SamplingParams
+from widgets import Dashboard
+live = LiveEngine(LLM("demo", block_size=8, num_blocks=128, max_num_seqs=4, max_num_batched_tokens=32, use_tqdm=False),
+                  steps_per_second=10)
+for seed, hero in enumerate(("a fox and a lantern", "an owl and a key", "a mouse and a rope", "a crow and a bell",
+                             "a bear and a drum", "a hare and a kite")):
+    live.chat([{"role": "user", "content": f"Tell me a story about {hero}."}],
+              SamplingParams(seed=seed, max_tokens=45 + 20 * seed))
+display(Dashboard(live, panels=["ControlBar", "SchedulerTimeline", "KVBlockMap", "TokenRace"]))
+"""
+
+
+def write_dashboard(path: Path) -> None:
+    """A notebook with nothing but the panels of the README's animation."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(DASHBOARD)])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, path)
+
+
 def main(names: list[str]) -> None:
     chosen = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if not names or path.stem in names]
-    if not chosen:
+    if not chosen and "dashboard" not in names:
         raise SystemExit(f"no notebook is called {', '.join(names)}")
     PICTURES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -106,6 +132,14 @@ def main(names: list[str]) -> None:
                 add_posters(page, copy)
                 assert page.errors == [] and page.outside == [], (page.errors, page.outside)
                 shutil.copy(copy, path)
+                page.shutdown()
+            if not names or "dashboard" in names:
+                write_dashboard(Path(folder) / "dashboard.ipynb")
+                page = lab.open("dashboard.ipynb", height=2000)
+                page.run_all()
+                while int(page.python("print(live.stats.num_steps)")) < 5:  # kernels are being compiled
+                    page.page.wait_for_timeout(200)
+                capture(page, PICTURES / "dashboard.gif")
                 page.shutdown()
     shared_browser.close()
 

@@ -121,6 +121,17 @@ def test_the_norm_gives_the_same_bits_for_few_and_for_many_rows(rng, fused):
         np.testing.assert_array_equal(few[0], whole[0][:rows])
 
 
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("width, pitch", [(40, 40), (200, 264), (2048, 3072), (4096, 4096)])
+def test_keep_rows(rng, fused, rows, width, pitch):
+    source, kept = random_bf16(rng, rows, pitch), poisoned(3, rows + 7, width)
+    positions = rng.permutation(rows + 7)[:rows].astype(np.int32)
+    positions[rng.random(rows) < 0.5] = -1
+    for kept_at in (positions, np.full(rows, -1, np.int32), positions[:0]):
+        (got,), (expected,) = run_both(fused, "keep_rows", (kept,), 1, source, kept_at)
+        np.testing.assert_array_equal(got, expected)
+
+
 @pytest.mark.parametrize("vocab_size", [40, 2048, 128256])
 @pytest.mark.parametrize("rows", [6, 64])
 def test_argmax_in_parts(rng, fused, vocab_size, rows):

@@ -67,6 +67,50 @@ def test_a_step_asked_to_be_eager_is_and_agrees(folder):
     assert error < 0.05  # of two unrelated rows of logits it is about 1.4
 
 
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_watched_steps_are_replayed_change_no_token_and_keep_what_eager_ones_keep(folder, count):
+    """Up to the noise between the two ways to compute, over a prompt, decoding, and steps that mix them."""
+    wanted, late = prompts(fresh_rng(), count), fresh_rng().integers(0, 370, 50).tolist()
+
+    def run(eager, *watches):
+        """One pass for each that is watched: (tokens by request, queries, residual, attention of the watched one)."""
+        llm, passes = make_llm(folder), []
+        llm.runner.eager = eager
+        for request_id in watches:
+            if request_id is not None:
+                llm.probe.watch(request_id, max_tokens=100)
+            llm.runner._graphs.last_graph = None
+            params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+            for i, prompt in enumerate(wanted):
+                llm.engine.add_request(prompt, params, str(i))
+            tokens, steps = {}, 0
+            while llm.engine.has_unfinished_requests():
+                tokens.update({output.request_id: output.outputs[0].token_ids for output in llm.engine.step()})
+                steps += 1
+                if steps == 6:
+                    llm.engine.add_request(late, params, "late")
+            assert (llm.runner._graphs.last_graph is None) == eager
+            if request_id is None:
+                passes.append((tokens,))
+                continue
+            rows, watch = llm.probe.kept, llm.runner.watch
+            bits = [array.copy_to_host()[:, rows] for array in (watch.queries, watch.residual)]
+            passes.append((tokens, *map(bf16_to_float32, bits), llm.probe.attention(rows).swapaxes(1, 2)))
+            assert rows[-1] == llm.probe.context - 1
+        return passes
+
+    replayed = run(False, "0", "late")  # the second watch keeps its rows in other memory than the first
+    assert [tokens for tokens, *_ in replayed] == [tokens for tokens, in run(False, None, None)]
+    for request_id, (tokens, *ours), (other_tokens, *theirs) in zip(("0", "late"), replayed, run(True, "0", "late")):
+        pairs = zip([*tokens[request_id], None], [*other_tokens[request_id], 0])
+        same = next(i for i, (token, other) in enumerate(pairs) if token != other)
+        rows = ours[0].shape[1] - 23 + same  # from there on the two have computed other tokens
+        assert same > 0
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine.shape == other.shape and np.abs(other).max() > 0
+            assert np.linalg.norm(mine[:, :rows] - other[:, :rows]) < 0.05 * np.linalg.norm(other[:, :rows])
+
+
 def test_enforce_eager_has_no_graphs_and_numbas_own_arrays(folder):
     llm = make_llm(folder, enforce_eager=True)
     assert llm.runner._graphs is None and llm.runner.backend.fused is None

@@ -11,7 +11,7 @@ before a page has heard of it. FollowingWatch chooses in the engine's own thread
 from typing import TYPE_CHECKING
 
 from tinyvllm.engine.scheduler import ScheduledRequest, SchedulerOutput
-from tinyvllm.model.llama import Batch
+from tinyvllm.model.llama import Watch
 from tinyvllm.probe.errors import ProbeError
 from tinyvllm.runner.watch import RequestWatch
 
@@ -31,13 +31,13 @@ class FollowingWatch(RequestWatch):
                          runner.config.hidden_size, runner.backend)
         self.moves_on = moves_on
 
-    def enter(self, batch: Batch, output: SchedulerOutput) -> Batch:
+    def enter(self, output: SchedulerOutput) -> Watch:
         """As RequestWatch.enter; the newest of several that begin in one step is taken."""
         if self.moves_on and (self.request_id is None or has_ended(self)):
             for scheduled in output.scheduled:
                 if scheduled.request is not self.request and _begins(scheduled):
                     self.request_id = scheduled.request.request_id
-        return super().enter(batch, output)
+        return super().enter(output)
 
 
 def has_ended(watch: RequestWatch) -> bool:

@@ -12,7 +12,7 @@ class Backend(Protocol):
 
     A backend may have more, which ModelRunner asks for: `eager_forward`, operations one by one where `forward` has a
     faster way; `fused`, not None if forward returns before the work is done; `decode_graphs(runner)`, something with
-    can_run(output) and begin(output) that takes over decode steps, or None.
+    can_run(output) and begin(output, watch) that takes over decode steps, or None.
     """
 
     name: str  # "cpu" or "cuda"

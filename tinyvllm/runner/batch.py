@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tinyvllm.engine.scheduler import SchedulerOutput
-from tinyvllm.model.llama import Batch
+from tinyvllm.model.llama import NOT_WATCHED, Batch, Watch
 
 
 class BatchBuilder:
@@ -32,8 +32,8 @@ class BatchBuilder:
         self.device = {name: allocate((size,), np.int32) for name, size in sizes.items()}
         self._upload = upload
 
-    def build(self, output: SchedulerOutput) -> Batch:
-        """The step's Batch, on the device."""
+    def build(self, output: SchedulerOutput, watch: Watch = NOT_WATCHED) -> Batch:
+        """The step's Batch, on the device. watch: what to keep of it, its positions on the host."""
         host = self.host
         block_size = self.block_size
         width = max(len(s.block_ids) for s in output.scheduled)
@@ -71,12 +71,10 @@ class BatchBuilder:
                      block_tables=self._upload(self.device["block_tables"], tables),
                      seq_lens=device("seq_lens", num_requests),
                      query_start_loc=device("query_start_loc", num_requests + 1),
-                     logits_indices=device("logits_indices", num_logits), num_decodes=output.num_decodes)
+                     logits_indices=device("logits_indices", num_logits), num_decodes=output.num_decodes,
+                     watch=self._upload_watch(watch))
 
-    def upload_watch(self, batch: Batch) -> Batch:
-        """The batch with `watch.positions`, if there are any, copied from the host to the device."""
-        watch = batch.watch
+    def _upload_watch(self, watch: Watch) -> Watch:
         if not watch.positions.shape[0]:
-            return batch
-        positions = self._upload(self.device["watch_positions"], watch.positions)
-        return batch._replace(watch=watch._replace(positions=positions))
+            return watch
+        return watch._replace(positions=self._upload(self.device["watch_positions"], watch.positions))

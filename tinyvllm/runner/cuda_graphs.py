@@ -8,9 +8,12 @@ A graph is a fixed list of launches with fixed addresses and sizes, so
     - block tables have the width of a bucket too: attention's grid is made for the longest context in it
 
 A graph is captured when its pair of buckets first comes up: that step is launched one by one, and recorded for the
-next time. What is captured is model/llama_fused.py itself; there is no second copy of the model here.
+next time. What is captured is model/llama_fused.py itself; there is no second copy of the model here. A step with a
+watched request has graphs of its own, which also keep its rows; they end with the memory that they keep them in.
 
-    inputs   | input_ids | positions | slot_mapping | seq_lens | block_tables |      int32, for one pair of buckets
+    inputs   | input_ids | positions | slot_mapping | seq_lens | watch_positions | block_tables |
+
+(int32, for one pair of buckets).
 """
 
 from collections.abc import Callable
@@ -23,10 +26,10 @@ from tinyvllm.kernels.attention.decode import SPLIT
 from tinyvllm.kernels.cuda_support import ceil_div, cuda
 from tinyvllm.kernels.device_array import DeviceArray
 from tinyvllm.kernels.driver import pinned_buffer
-from tinyvllm.model.llama import Batch
+from tinyvllm.model.llama import NOT_WATCHED, Batch, Watch
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # numbers of requests
-COLUMNS = ("input_ids", "positions", "slot_mapping", "seq_lens")
+COLUMNS = ("input_ids", "positions", "slot_mapping", "seq_lens", "watch_positions")
 INT32 = np.dtype(np.int32)
 
 
@@ -51,7 +54,8 @@ class DecodeGraphs:
         self._indices = backend.empty((self.buckets[-1],), np.int32)
         backend.put(self._indices, 0, np.arange(self.buckets[-1], dtype=np.int32))
         self._tokens = np.frombuffer(pinned_buffer(4 * self.buckets[-1]), np.int32)
-        self._graphs: dict[tuple[int, int, bool], Any] = {}
+        self._graphs: dict[tuple[int, int, bool, bool], Any] = {}  # requests, width, greedy, watched
+        self._kept_in: tuple | None = None  # the memory that graphs of watched steps were captured for
         self.last_graph = None  # that was replayed, for measurements
         self._under_way = False  # a step was begun and not waited for
         self._shape = (0, 0)  # the pair of buckets that the pinned buffer is laid out for
@@ -61,8 +65,11 @@ class DecodeGraphs:
         return 0 < output.num_decodes == len(output.scheduled) <= self.buckets[-1] and all(
             scheduled.sample for scheduled in output.scheduled)
 
-    def begin(self, output: SchedulerOutput) -> Callable[[], dict[str, int]]:
-        """Start the step; returns what waits for it and gives request_id -> token."""
+    def begin(self, output: SchedulerOutput, watch: Watch = NOT_WATCHED) -> Callable[[], dict[str, int]]:
+        """Start the step; returns what waits for it and gives request_id -> token.
+
+        watch: what to keep of the step, its positions on the host.
+        """
         cuda.current_context()
         if self._under_way:  # nobody waited for the step before: its copies may not have run
             self.stream.synchronize()
@@ -72,19 +79,21 @@ class DecodeGraphs:
         width = self._width(max(len(s.block_ids) for s in scheduled))
         requests = [s.request for s in scheduled]
         greedy = not any(request.params.temperature for request in requests)
-        used = self._fill(scheduled, bucket, width)
+        watched = self._prepare_to_keep(watch)
+        used = self._fill(scheduled, watch, bucket, width)
         self.stream.copy_to_device(self._device.address, self._pinned.ctypes.data, 4 * used)
 
-        graph = self._graphs.get((bucket, width, greedy))
+        key = bucket, width, greedy, watched
+        graph = self._graphs.get(key)
         if graph is not None:
             graph.launch(self.stream)
             self.last_graph = graph
         else:
-            batch = self._batch(bucket, width)
+            batch = self._batch(bucket, width, watch)
             self._launch(batch, greedy)
             with self.stream.capture() as captured:
                 self._launch(batch, greedy)
-            self._graphs[bucket, width, greedy] = captured.graph
+            self._graphs[key] = captured.graph
         tokens = self.runner.token_ids if greedy else self.runner.sample(requests)
         self.stream.copy_to_host(self._tokens.ctypes.data, tokens.address, 4 * count)
         self._under_way = True
@@ -104,7 +113,17 @@ class DecodeGraphs:
         parts = ceil_div(blocks * self.block_size, SPLIT)
         return ceil_div((1 << (parts - 1).bit_length()) * SPLIT, self.block_size)
 
-    def _fill(self, scheduled: list, bucket: int, width: int) -> int:
+    def _prepare_to_keep(self, watch: Watch) -> bool:
+        """Whether a step is watched; graphs that would keep its rows in other memory than its own are let go."""
+        if not watch.positions.shape[0]:
+            return False
+        kept_in = watch.queries.address, watch.residual.address, watch.residual.shape
+        if kept_in != self._kept_in:
+            self._kept_in = kept_in
+            self._graphs = {key: graph for key, graph in self._graphs.items() if not key[3]}
+        return True
+
+    def _fill(self, scheduled: list, watch: Watch, bucket: int, width: int) -> int:
         """Write the step's inputs into the pinned buffer; returns how many numbers."""
         count, block_size = len(scheduled), self.block_size
         first_table = len(COLUMNS) * bucket
@@ -121,6 +140,8 @@ class DecodeGraphs:
                               for s, start in zip(scheduled, starts)]
         columns[3, :count] = columns[1, :count] + 1
         columns[2, count:], columns[3, count:] = -1, 0  # rows that are not there: no slot, no context
+        if watch.positions.shape[0]:
+            columns[4, :count], columns[4, count:] = watch.positions, -1
         rows = self._rows
         for i, s in enumerate(scheduled):  # a table only grows, in its own list: most are what they were a step ago
             blocks = s.block_ids
@@ -137,15 +158,19 @@ class DecodeGraphs:
                 rows.append((blocks, len(blocks)))
         return first_table + count * width
 
-    def _batch(self, bucket: int, width: int) -> Batch:
+    def _batch(self, bucket: int, width: int, watch: Watch) -> Batch:
         address = self._device.address
 
         def part(offset: int, *shape: int) -> DeviceArray:
             return DeviceArray(address + 4 * offset, shape, INT32, self._device)
 
         columns = {name: part(i * bucket, bucket) for i, name in enumerate(COLUMNS)}
+        positions = columns.pop("watch_positions")
+        if watch.positions.shape[0]:
+            watch = watch._replace(positions=positions)
         return Batch(**columns, block_tables=part(len(COLUMNS) * bucket, bucket, width),
-                     query_start_loc=self._indices, logits_indices=self._indices[:bucket], num_decodes=bucket)
+                     query_start_loc=self._indices, logits_indices=self._indices[:bucket], num_decodes=bucket,
+                     watch=watch)
 
     def _launch(self, batch: Batch, greedy: bool) -> None:
         runner = self.runner

@@ -6,7 +6,7 @@ import numpy as np
 
 from tinyvllm.engine.scheduler import SchedulerOutput
 from tinyvllm.model.config import ModelConfig
-from tinyvllm.model.llama import Buffers, Dims, KVCache, Weights
+from tinyvllm.model.llama import NOT_WATCHED, Buffers, Dims, KVCache, Watch, Weights
 from tinyvllm.runner.backend import Backend
 from tinyvllm.runner.batch import BatchBuilder
 from tinyvllm.runner.watch import RequestWatch
@@ -53,12 +53,25 @@ class ModelRunner:
     def _begin(self, output: SchedulerOutput) -> Callable[[], dict[str, int]]:
         """Start a step; returns what waits for it and gives execute's answer. One step at a time."""
         self.last_sampled = []
-        looked_at = self.eager or self.watch is not None or self.profiler is not None
+        watch = self.watch
+        keep = NOT_WATCHED if watch is None else watch.enter(output)
+        looked_at = self.eager or self.profiler is not None
         if self._graphs is not None and not looked_at and self._graphs.can_run(output):
-            return self._graphs.begin(output)
-        batch = self.builder.build(output)
-        if self.watch is not None:
-            batch = self.builder.upload_watch(self.watch.enter(batch, output))
+            finish = self._graphs.begin(output, keep)
+        else:
+            finish = self._launch(output, keep)
+
+        def wait() -> dict[str, int]:
+            tokens = finish()
+            if watch is not None:
+                watch.leave()
+            return tokens
+
+        return wait
+
+    def _launch(self, output: SchedulerOutput, keep: Watch) -> Callable[[], dict[str, int]]:
+        """Start a step that is not replayed; returns as _begin."""
+        batch = self.builder.build(output, keep)
         profiler, self.profiler = self.profiler, None
         compute = self.backend if profiler is None else profiler
         forward = getattr(self.backend, "eager_forward", compute.forward) if self.eager else compute.forward
@@ -68,8 +81,6 @@ class ModelRunner:
 
         def wait() -> dict[str, int]:
             tokens = self.backend.download(token_ids).tolist() if requests else []
-            if self.watch is not None:
-                self.watch.leave()
             self.last_sampled = requests
             if profiler is not None:
                 profiler.finish(batch)

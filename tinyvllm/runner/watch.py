@@ -15,14 +15,15 @@ import numpy as np
 
 from tinyvllm.engine.request import Request
 from tinyvllm.engine.scheduler import ScheduledRequest, SchedulerOutput
-from tinyvllm.model.llama import Batch, Dims, Watch
+from tinyvllm.model.llama import NOT_WATCHED, Dims, Watch
 from tinyvllm.runner.backend import Backend
 
 
 class RequestWatch:
     """Keeps query vectors and residual stream of the tokens of request `request_id` below position max_tokens.
 
-    A ModelRunner calls `enter` before a step and `leave` after it. Raises OutOfDeviceMemoryError when made.
+    A ModelRunner calls `enter` before a step and `leave` after it. Its device arrays stay where they are:
+    graphs refer to them. Raises OutOfDeviceMemoryError when made.
     """
 
     def __init__(self, request_id: str, max_tokens: int, dims: Dims, hidden_size: int, backend: Backend):
@@ -41,29 +42,35 @@ class RequestWatch:
         self.overwritten: dict[int, str] = {}  # number of a block -> the request that has written into it since
         self._step: tuple[int, int] | None = None  # first and last + 1 of the positions that a step is computing
 
-    def enter(self, batch: Batch, output: SchedulerOutput) -> Batch:
-        """The batch, told which of its rows to keep (positions are on the host: the BatchBuilder uploads them)."""
-        row, found, self._step = 0, None, None
+    def enter(self, output: SchedulerOutput) -> Watch:
+        """Which rows of a step to keep, and where; NOT_WATCHED if none. Its `positions` are on the host."""
+        row, self._step = 0, None
         for scheduled in output.scheduled:
             if scheduled.request.request_id == self.request_id:
-                found = row, scheduled
-            elif self.block_ids:
-                self._note_overwritten(scheduled)
+                break
             row += scheduled.num_scheduled_tokens
-        if found is None:
-            return batch
-        row, scheduled = found
+        else:  # whoever is computed holds its blocks: they can be written into only while it is not
+            if self.block_ids:
+                for scheduled in output.scheduled:
+                    self._note_overwritten(scheduled)
+            return NOT_WATCHED
         if scheduled.request is not self.request:  # the first time, or another request that got the same name
             self._begin(scheduled.request)
-        self.block_ids = list(scheduled.block_ids)  # after a preemption they are other ones
-        self._block_number = {block_id: number for number, block_id in enumerate(self.block_ids)}
+        if self.block_ids != scheduled.block_ids:  # after a preemption they are other ones
+            self.block_ids = list(scheduled.block_ids)
+            self._block_number = {block_id: number for number, block_id in enumerate(self.block_ids)}
         self.overwritten = {}
-        self.context = scheduled.start
-        self._step = scheduled.start, scheduled.start + scheduled.num_scheduled_tokens
-        mine = np.arange(*self._step, dtype=np.int32)
+        self.context = start = scheduled.start
+        self._step = start, start + scheduled.num_scheduled_tokens
+        num_kept = min(self._step[1], self.max_tokens) - start
+        if num_kept < 1:
+            return NOT_WATCHED
         positions = np.full(output.total_num_scheduled_tokens, -1, np.int32)
-        positions[row:row + len(mine)] = np.where(mine < self.max_tokens, mine, -1)
-        return batch._replace(watch=Watch(self.queries, self.residual, positions))
+        if num_kept == 1:
+            positions[row] = start
+        else:
+            positions[row:row + num_kept] = np.arange(start, start + num_kept)
+        return Watch(self.queries, self.residual, positions)
 
     def leave(self) -> None:
         """The step has run: what it computed is there."""

@@ -1,7 +1,9 @@
 """What TokenRace asks: the next-token distribution of a request, a fork of it with another token, the list of all."""
 
 import dataclasses
+from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,15 +32,13 @@ def next_token(feed: Feed, request: str, n: int = 12) -> Future:
     the end if it is none of these, the token that was chosen.
     """
 
-    def look(llm: Any) -> Payload:
-        living = _living(llm, request)
-        logits = llm.probe.logits(request)
+    def look(llm: Any) -> Callable[[], Payload]:
+        # A page asks this several times a second: what moves is copied here, all else is done away from the engine.
+        living, logits = _living(llm, request), llm.probe.logits(request)
         if living is None or logits is None or not living.num_output_tokens:
-            return Payload({"request": request, "ids": None})
-        _sampling.setdefault(feed, {})[request] = _params(living)
-        payload = _distribution(feed, living, logits, n)
-        payload.data["before"] = _text_before(llm, living)
-        return payload
+            return lambda: Payload({"request": request, "ids": None})
+        position, token_ids = living.num_tokens - 1, living.token_ids[-25:]
+        return partial(_distribution, feed, llm, living, logits, position, token_ids, living.status.is_finished, n)
 
     return feed.look(look)
 
@@ -101,28 +101,30 @@ def _params(request: Any) -> SamplingParams:
     return params if params.temperature == 0 else dataclasses.replace(params, seed=request.seed)
 
 
-def _distribution(feed: Feed, request: Any, logits: np.ndarray, n: int) -> Payload:
+def _distribution(feed: Feed, llm: Any, request: Any, logits: np.ndarray, position: int, token_ids: list[int],
+                  ended: bool, n: int) -> Payload:
+    """request: only what never changes is read of it. token_ids: its newest, the last of them at `position`."""
     from tinyvllm.kernels.sampling import LOWEST_KEY, ordered_keys_numpy  # here: a replay needs no kernels
 
     bits = (np.ascontiguousarray(logits, np.float32).view(np.uint32) >> 16).astype(np.uint16)
     keys = ordered_keys_numpy(bits)
-    chosen = request.token_ids[-1]
+    _sampling.setdefault(feed, {})[request.request_id] = _params(request)
+    chosen = token_ids[-1]
     ids = np.lexsort((np.arange(len(keys)), -keys))[:max(1, int(n))].tolist()
     if chosen not in ids:
         ids.append(chosen)
     distinct, counts = np.unique(keys[keys >= LOWEST_KEY], return_counts=True)
     params = request.params
-    data = {"request": request.request_id, "position": request.num_tokens - 1, "chosen": chosen, "ids": ids,
+    data = {"request": request.request_id, "position": position, "chosen": chosen, "ids": ids,
             "texts": [feed.source.token_text(token_id) for token_id in ids], "vocab_size": len(keys),
             "temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p,
-            "ended": request.status.is_finished}
+            "ended": ended, "before": _text_before(llm, token_ids[:-1])}
     return Payload(data, {"keys": distinct[::-1].astype(np.uint16), "counts": counts[::-1].astype(np.uint32),
                           "top_keys": keys[ids].astype(np.uint16)})
 
 
-def _text_before(llm: Any, request: Any) -> str:
+def _text_before(llm: Any, token_ids: list[int]) -> str:
     """The end of the text that the newest token was chosen after."""
-    token_ids = request.token_ids[:-1][-24:]
     if llm.tokenizer is None:
         return " ".join(map(str, token_ids))
     return llm.tokenizer.decode(token_ids, skip_special_tokens=False)[-80:]

@@ -59,9 +59,9 @@ function findableStyle(ctx, t) {
     c.fillStyle = t.panel; c.fillRect(0, 0, 6, 6);
     c.strokeStyle = t.muted; c.lineWidth = 1.2;
     c.beginPath(); c.moveTo(-1, 1); c.lineTo(1, -1); c.moveTo(0, 6); c.lineTo(6, 0); c.moveTo(5, 7); c.lineTo(7, 5); c.stroke();
-    findableTile = { t, tile };
+    findableTile = { t, pattern: ctx.createPattern(tile, "repeat") };
   }
-  return ctx.createPattern(findableTile.tile, "repeat");
+  return findableTile.pattern;
 }
 
 // Text that reads on any colour.
@@ -98,35 +98,71 @@ function ring(ctx, grid, num, id, colour, width) {
   ctx.strokeRect(x + 1, y + 1, Math.max(2, grid.cell - 2), Math.max(2, grid.cell - 2));
 }
 
-// All cells; returns how many were drawn as what, and the owners of the shared ones.
-function drawPool(ctx, pool, grid, t, scale, lookOf) {
-  const drawn = { held: 0, shared: 0, cached: 0, free: 0 }, counts = {};
-  for (let i = 0; i < pool.num; i++) {
-    const [x, y] = cornerOf(grid, i);
-    const kind = paintCell(ctx, x, y, grid.cell, { ref: pool.ref[i], filled: pool.filled[i] / pool.size, cached: pool.cached[i], owners: pool.owners[i] }, lookOf, t);
-    drawn[kind]++;
-    if (kind === "shared") counts[i] = pool.ref[i];
+// The pool as a picture of its own, which is kept: of thousands of cells a step changes a handful, and only these are
+// painted again.
+class PoolPicture {
+  constructor() {
+    this.node = document.createElement("canvas");
+    this.ctx = this.node.getContext("2d");
+    this.like = "";      // what all cells depend on
+    this.theme = null;
+    this.cells = [];     // of each: what it shows, as text
+    this.kinds = [];
   }
-  if (grid.cell >= 13) drawNumbers(ctx, pool, grid, t, scale);
-  return { drawn, counts };
+
+  // Bring it up to date and draw it; returns how many cells are drawn as what, the owners of the shared ones, and how
+  // many had to be painted.
+  draw(ctx, pool, grid, t, scale, lookOf) {
+    const drawn = { held: 0, shared: 0, cached: 0, free: 0 }, counts = {}, ratio = window.devicePixelRatio || 1;
+    const width = grid.columns * grid.cell, height = Math.ceil(pool.num / grid.columns) * grid.cell;
+    const like = `${pool.num} ${pool.size} ${grid.columns} ${grid.cell} ${scale} ${ratio}`;
+    if (like !== this.like || t !== this.theme) {
+      this.like = like;
+      this.theme = t;
+      this.cells = new Array(pool.num);
+      this.kinds = new Array(pool.num);
+      this.node.width = Math.max(1, Math.ceil(width * ratio));
+      this.node.height = Math.max(1, Math.ceil(height * ratio));
+      this.ctx.textBaseline = "middle";
+    }
+    this.ctx.setTransform(ratio, 0, 0, ratio, 0, 0);
+    let painted = 0;
+    for (let i = 0; i < pool.num; i++) {
+      const owners = pool.owners[i], shows = `${pool.ref[i]} ${pool.filled[i]} ${pool.cached[i]} ${owners ? owners.join() : ""}`;
+      if (shows !== this.cells[i]) {
+        this.cells[i] = shows;
+        this.kinds[i] = this.paint(pool, grid, i, t, scale, lookOf);
+        painted++;
+      }
+      drawn[this.kinds[i]]++;
+      if (this.kinds[i] === "shared") counts[i] = pool.ref[i];
+    }
+    if (pool.num) ctx.drawImage(this.node, 0, 0, width * ratio, height * ratio, 0, grid.top, width, height);
+    return { drawn, counts, painted };
+  }
+
+  paint(pool, grid, i, t, scale, lookOf) {
+    const { cell } = grid, x = (i % grid.columns) * cell, y = Math.floor(i / grid.columns) * cell;
+    this.ctx.clearRect(x, y, cell, cell);
+    const kind = paintCell(this.ctx, x, y, cell, { ref: pool.ref[i], filled: pool.filled[i] / pool.size, cached: pool.cached[i], owners: pool.owners[i] }, lookOf, t);
+    if (cell >= 13) drawNumber(this.ctx, x, y, cell, i, pool.ref[i], t, scale);
+    return kind;
+  }
 }
 
-// How many own a shared block; from 30 pixels on, the blocks' own numbers too.
-function drawNumbers(ctx, pool, grid, t, scale) {
-  const { cell } = grid, large = cell >= 30;
-  for (let i = 0; i < pool.num; i++) {
-    const [x, y] = cornerOf(grid, i);
-    if (pool.ref[i] > 1) {
-      ctx.font = `bold ${Math.min(0.5 * cell, 22 * scale)}px ${t.font}`;
-      ctx.textAlign = "center";
-      outlined(ctx, large ? `×${pool.ref[i]}` : String(pool.ref[i]), x + cell / 2, y + cell / 2 + (large ? 0.1 * cell : 0), t);
-    }
-    if (!large) continue;
-    ctx.textAlign = "left";
-    ctx.font = `${Math.min(0.3 * cell, 14 * scale)}px ${t.font}`;
-    if (pool.ref[i]) outlined(ctx, String(i), x + 4, y + 0.24 * cell, t);
-    else { ctx.fillStyle = t.muted; ctx.fillText(String(i), x + 4, y + 0.24 * cell); }
+// How many own a shared block; from 30 pixels on, the block's own number too.
+function drawNumber(ctx, x, y, cell, i, ref, t, scale) {
+  const large = cell >= 30;
+  if (ref > 1) {
+    ctx.font = `bold ${Math.min(0.5 * cell, 22 * scale)}px ${t.font}`;
+    ctx.textAlign = "center";
+    outlined(ctx, large ? `×${ref}` : String(ref), x + cell / 2, y + cell / 2 + (large ? 0.1 * cell : 0), t);
   }
+  if (!large) return;
+  ctx.textAlign = "left";
+  ctx.font = `${Math.min(0.3 * cell, 14 * scale)}px ${t.font}`;
+  if (ref) outlined(ctx, String(i), x + 4, y + 0.24 * cell, t);
+  else { ctx.fillStyle = t.muted; ctx.fillText(String(i), x + 4, y + 0.24 * cell); }
 }
 
 // ---- the block table of a request: logical block -> physical block. Its boxes go into grid.boxes. ----

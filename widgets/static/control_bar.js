@@ -149,9 +149,9 @@ async function render({ model, el }) {
     const config = live.config || {};
     const b = typed(blockSize.value), n = typed(numBlocks.value);
     const total = config.block_size * config.num_blocks;
-    if (!Number.isInteger(b) || b < 1) size.textContent = "";
-    else if (blockSize.dataset.dirty && !numBlocks.dataset.dirty) size.textContent = `= about ${asCount(Math.max(1, Math.floor(total / b)))} blocks, ${asCount(total)} tokens`;
-    else if (Number.isInteger(n)) size.textContent = `= ${asCount(n * b)} tokens`;
+    if (!Number.isInteger(b) || b < 1) put(size, { textContent: "" });
+    else if (blockSize.dataset.dirty && !numBlocks.dataset.dirty) put(size, { textContent: `= about ${asCount(Math.max(1, Math.floor(total / b)))} blocks, ${asCount(total)} tokens` });
+    else if (Number.isInteger(n)) put(size, { textContent: `= ${asCount(n * b)} tokens` });
   }
 
   // ---- small parts ----
@@ -176,9 +176,9 @@ async function render({ model, el }) {
     show();
     return { node, text, set(p, words) {
       if (timer || performance.now() - busy < 600) return;   // the hand is on it
-      node.value = String(Math.round(p));
-      text.textContent = words;   // the value as it is: the slider has but a hundred places
-      node.setAttribute("aria-valuetext", words);
+      put(node, { value: String(Math.round(p)) });
+      put(text, { textContent: words });   // the value as it is: the slider has but a hundred places
+      put(node, { ariaValueText: words });
     } };
   }
 
@@ -186,9 +186,9 @@ async function render({ model, el }) {
   const isReplay = () => live.kind === "replay";
   function fill() {
     const config = live.config || {};
-    if (document.activeElement !== policy && config.scheduling_policy) policy.value = config.scheduling_policy;
+    if (document.activeElement !== policy && config.scheduling_policy) put(policy, { value: config.scheduling_policy });
     for (const [name, node] of Object.entries(fields))
-      if (!node.dataset.dirty && document.activeElement !== node && config[name] !== undefined) node.value = String(config[name]);
+      if (!node.dataset.dirty && document.activeElement !== node && config[name] !== undefined) put(node, { value: String(config[name]) });
     for (const [name, box] of Object.entries(boxes)) if (!box.dataset.dirty && config[name] !== undefined) box.checked = config[name];
     if (!cache.dataset.dirty) prefix.disabled = isReplay() || !cache.checked;
     tellSize();
@@ -196,21 +196,19 @@ async function render({ model, el }) {
   const able = (nodes, why) => {
     for (const node of nodes) {
       if (node.dataset.title === undefined) node.dataset.title = node.title;
-      node.disabled = Boolean(why);
-      node.title = why || node.dataset.title;
+      put(node, { disabled: Boolean(why), title: why || node.dataset.title });
     }
   };
   let shown = null;
   function refresh() {
     const paused = isPaused();
-    run.textContent = paused ? "▶ Run" : "❚❚ Pause";
-    run.setAttribute("aria-pressed", String(!paused && live.state === "running"));
+    put(run, { textContent: paused ? "▶ Run" : "❚❚ Pause", ariaPressed: String(!paused && live.state === "running") });
     able([run, step, ten], hasFailed() ? "The engine stopped at an error: reset starts it afresh" : live.state === "closed" ? "This engine is closed" : "");
-    reset.title = isReplay() ? "Play it from the beginning" : "Forget every request and the whole cache, and begin anew (with what is set under Options)";
-    paceField.hidden = !isReplay();
+    put(reset, { title: isReplay() ? "Play it from the beginning" : "Forget every request and the whole cache, and begin anew (with what is set under Options)" });
+    put(paceField, { hidden: !isReplay() });
     const config = live.config || {};
-    counters.step.textContent = asCount(live.step || 0);
-    counters.blocks.textContent = config.num_blocks ? `${asCount(live.used_blocks || 0)} / ${asCount(config.num_blocks)}` : "–";
+    put(counters.step, { textContent: asCount(live.step || 0) });
+    put(counters.blocks, { textContent: config.num_blocks ? `${asCount(live.used_blocks || 0)} / ${asCount(config.num_blocks)}` : "–" });
     if (shown !== live.error) {  // an error that is over takes its message away; the user's own mistakes stay until the next act
       if (live.error) ui.complain(`The engine stopped: ${live.error}. Reset starts it afresh.`);
       else if (shown) ui.complain(null);
@@ -221,18 +219,16 @@ async function render({ model, el }) {
   function tell(now) {
     told = now;
     live = ui.client.live;
-    for (const key of ["running", "waiting", "finished", "tokens_per_s"]) counters[key].textContent = asCount(now[key] || 0);
+    for (const key of ["running", "waiting", "finished", "tokens_per_s"]) put(counters[key], { textContent: asCount(now[key] || 0) });
     speed.set(fromSpeed(now.speed), inSteps(now.speed));
     if (now.rate && document.activeElement !== pace) showPace(now.rate);
     rate.set(fromRate(now.arrivals.rate), inRequests(now.arrivals.rate));
-    arrived.textContent = now.arrivals.error ? `no more arrivals: ${now.arrivals.error}` : now.arrivals.sent ? `${asCount(now.arrivals.sent)} came` : "";
+    put(arrived, { textContent: now.arrivals.error ? `no more arrivals: ${now.arrivals.error}` : now.arrivals.sent ? `${asCount(now.arrivals.sent)} came` : "" });
     const { recording, cannot } = now;
-    record.textContent = recording.on ? "■ Save" : recording.unsaved ? "Save again" : "● Record";
-    record.setAttribute("aria-pressed", String(Boolean(recording.on)));
+    put(record, { textContent: recording.on ? "■ Save" : recording.unsaved ? "Save again" : "● Record", ariaPressed: String(Boolean(recording.on)) });
     record.dataset.title = recording.on || recording.unsaved ? "End the recording and write its file" : "Keep every event from now on";
-    record.title = record.dataset.title;
-    recorded.textContent = recording.on ? "recording …" : recording.path
-      ? `${recording.path}: ${asCount(recording.events)} events, ${asCount(recording.steps)} steps` : "";
+    put(recorded, { textContent: recording.on ? "recording …" : recording.path
+      ? `${recording.path}: ${asCount(recording.events)} events, ${asCount(recording.steps)} steps` : "" });
     for (const [name, most] of Object.entries(now.limits)) fields[name].dataset.title = `${name === "max_num_seqs" ? "Requests that one step may hold" : "Tokens that one step may compute"}: 1 to ${asCount(most)} at once, more on reset`;
     able([policy, budget, seats], cannot.policy);
     able([blockSize, numBlocks, cache, apply], cannot.options);
@@ -240,7 +236,7 @@ async function render({ model, el }) {
     able([rate.node, burstCount, burst], cannot.arrivals);
     able([record], cannot.record);
     able([replay], recording.on ? "Save the recording first" : "");
-    back.hidden = !now.can_go_back;
+    put(back, { hidden: !now.can_go_back });
     ui.say(`${live.state}: step ${live.step}, ${now.running} running, ${now.waiting} waiting`);
   }
 

@@ -74,9 +74,9 @@ function hatched(ctx, colour, hatch) {
     if (hatch === 2) { c.moveTo(-2, 6); c.lineTo(2, 10); c.moveTo(0, 0); c.lineTo(8, 8); c.moveTo(6, -2); c.lineTo(10, 2); }
     if (hatch === 3) { c.arc(4, 4, 1.6, 0, 2 * Math.PI); c.fill(); }
     c.stroke();
-    patterns.set(key, tile);
+    patterns.set(key, ctx.createPattern(tile, "repeat"));  // it belongs to no canvas: one for all of them, made once
   }
-  return ctx.createPattern(patterns.get(key), "repeat");
+  return patterns.get(key);
 }
 
 // Viridis by its nine corner points: 0 dark, 1 bright.

@@ -170,6 +170,12 @@ function element(tag, attributes, ...children) {
   return node;
 }
 
+// Properties of an element, written only where they differ: in every frame nearly all are what they were, and a text that
+// is written anew is laid out anew.
+function put(node, properties) {
+  for (const [name, value] of Object.entries(properties)) if (node[name] !== value) node[name] = value;
+}
+
 // A panel: title, tools at the right, the body, a line of hints, and what a screen reader is told.
 // render() of a panel: `const ui = await panel(model, el, "Title"); ...; return ui.dispose;`
 async function panel(model, el, title, hint) {
@@ -213,9 +219,8 @@ async function panel(model, el, title, hint) {
   };
   const setBadge = () => {
     const { kind, state } = client.live;
-    badge.textContent = kind ? `${{ cuda: "GPU", cpu: "CPU", replay: "REPLAY" }[kind] || kind} · ${state}` : "";
-    badge.dataset.kind = kind || "";
-    badge.dataset.state = state || "";
+    put(badge, { textContent: kind ? `${{ cuda: "GPU", cpu: "CPU", replay: "REPLAY" }[kind] || kind} · ${state}` : "" });
+    put(badge.dataset, { kind: kind || "", state: state || "" });
   };
   setBadge();
   undo.push(client.onLive(setBadge));

@@ -4,7 +4,7 @@
 async function render({ model, el }) {
   const ui = await panel(model, el, "KV blocks", "Click a block for its tokens, a request for its block table. Arrows move, Enter opens, Esc closes.");
   ui.root.classList.add("tv-blocks");
-  const pool = new BlockPool(), tip = tooltip(ui);
+  const pool = new BlockPool(), picture = new PoolPicture(), tip = tooltip(ui);
   let grid = gridOf(0, 0, 0, 1), hovered = null, shownRows = [];
   const chosen = () => ({ request: ui.client.selection.request, block: ui.client.selection.block });
 
@@ -26,12 +26,12 @@ async function render({ model, el }) {
   function drawMap(ctx, width, height, t) {
     const began = performance.now(), lookOf = ownerLooks(ctx, pool), { request, block } = chosen();
     grid = gridOf(pool.num, width, height, ui.scale);
-    const { drawn, counts } = drawPool(ctx, pool, grid, t, ui.scale, lookOf);
+    const { drawn, counts, painted } = picture.draw(ctx, pool, grid, t, ui.scale, lookOf);
     drawTable(ctx, pool, grid, chosen(), hovered, width, t, ui.scale, lookOf);
     ring(ctx, grid, pool.num, hovered, t.muted, 1.5);
     ring(ctx, grid, pool.num, block, t.panel, 6);
     ring(ctx, grid, pool.num, block, t.text, 3.5);
-    Object.assign(map.node.dataset, { coloured: drawn.held + drawn.shared, shared: JSON.stringify(counts), cached: drawn.cached, free: drawn.free,
+    Object.assign(map.node.dataset, { coloured: drawn.held + drawn.shared, shared: JSON.stringify(counts), cached: drawn.cached, free: drawn.free, painted,
       cell: grid.cell, columns: grid.columns, top: grid.top, table: (pool.rowOf(request)?.table || []).join(" "), ms: (performance.now() - began).toFixed(2) });
     if (legendOf !== t || legend.dataset.scale !== String(ui.scale)) legend.replaceChildren(...legendItems(t, ui.scale));
     legendOf = t;
@@ -43,11 +43,23 @@ async function render({ model, el }) {
   }
 
   // ---- in words ----
+  const spoken = {};  // what -> its nodes: only their texts change
+  const bySize = element("span", { class: "tv-muted", "data-said": "what-if", title: "How much the present tokens would waste in blocks of this size, nothing shared" });
   function tell() {
     const { held, shared, cached } = pool.counts(), { slots, filled, saved, found } = pool.totals, piece = pool.inOnePiece();
     const share = (part, all) => all ? `${(100 * part / all).toFixed(part / all < 0.1 ? 1 : 0)}%` : "0%";
-    const said = (what, big, text, title) => element("span", { class: "tv-said", title, "data-said": what }, element("b", { text: big }), ` ${text}`);
-    words.replaceChildren(
+    const said = (what, big, text, title) => {
+      if (!spoken[what]) {
+        const number = element("b"), rest = document.createTextNode("");
+        spoken[what] = { number, rest, node: element("span", { class: "tv-said", "data-said": what }, number, rest) };
+      }
+      const { node, number, rest } = spoken[what];
+      put(node, { title });
+      put(number, { textContent: big });
+      put(rest, { data: ` ${text}` });
+      return node;
+    };
+    const sayings = [
       said("held", `${asCount(held)} of ${asCount(pool.num)}`, "blocks held", "Blocks that requests hold"),
       said("shared", asCount(shared), "shared",
         `Blocks with several owners; sharing saves ${asCount(saved)} slots now. Found in the prefix cache so far: ${asCount(found)} tokens`),
@@ -55,12 +67,12 @@ async function render({ model, el }) {
       said("waste", asCount(slots - filled), `of ${asCount(slots)} slots wasted (${share(slots - filled, slots)})`, "Slots of held blocks without a token in them"),
       said("contiguous", share(piece.slots - piece.tokens, piece.slots), "wasted if contiguous",
         `In one piece each, ${piece.requests} requests would reserve ${asCount(pool.most)} slots each, ${asCount(piece.slots)} in all, for ${asCount(piece.tokens)} tokens`),
-      piece.requests ? element("span", { class: "tv-muted", "data-said": "what-if", title: "How much the present tokens would waste in blocks of this size, nothing shared",
-        text: `waste by block size ${pool.wasteBySize().map(([size, part]) => `${size}: ${Math.round(100 * part)}%`).join("  ")}` }) : "");
+      ...(piece.requests ? [bySize] : [])];
+    put(bySize, { textContent: `waste by block size ${pool.wasteBySize().map(([size, part]) => `${size}: ${Math.round(100 * part)}%`).join("  ")}` });
+    if (sayings.length !== words.childNodes.length) words.replaceChildren(...sayings);
     const why = whyNoKill();
-    kill.disabled = Boolean(why);
-    kill.title = why || "End it now; its blocks go back to the pool";
-    kill.textContent = chosen().request === null ? "Kill request" : `Kill request ${shortId(chosen().request)}`;
+    put(kill, { disabled: Boolean(why), title: why || "End it now; its blocks go back to the pool",
+      textContent: chosen().request === null ? "Kill request" : `Kill request ${shortId(chosen().request)}` });
     ui.say(`${held} of ${pool.num} blocks held, ${shared} shared, ${cached} findable, ${slots - filled} slots wasted`);
   }
   function describe(id) {

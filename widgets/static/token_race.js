@@ -13,7 +13,8 @@ function makeCard(slot) {
     numbers: element("div", { class: "tv-race-numbers" }), times: element("div", { class: "tv-race-numbers" }) };
   const plain = document.createTextNode("");
   parts.text.append(plain);
-  const node = element("div", { class: "tv-race-card", role: "option", tabindex: "-1", "data-slot": slot, hidden: true },
+  const node = element("div", { class: "tv-race-card", role: "option", tabindex: "-1", "data-slot": slot, hidden: true,
+    title: "TTFT: from arrival to the first token. ITL: between two tokens, mean and last. Rate: tokens over the time from arrival to the newest." },
     parts.stripe, element("div", { class: "tv-race-top" }, parts.id, parts.status), parts.origin,
     element("div", { class: "tv-race-text" }, parts.text), parts.numbers, parts.times);
   const short = (ms) => ms === null ? "–" : asMs(ms);
@@ -53,16 +54,16 @@ function makeCard(slot) {
         whole = (whole + change.new).slice(-LONGEST);
       }
       node.toggleAttribute("data-ended", this.hasEnded);
-      parts.status.textContent = STATUS[state.status] || state.status;
-      parts.status.style.boxShadow = `inset 0 0 0 1.5px ${KIND_COLOURS[state.status] || "transparent"}`;
+      if (node.dataset.status !== state.status) {
+        parts.status.textContent = STATUS[state.status] || state.status;
+        parts.status.style.boxShadow = `inset 0 0 0 1.5px ${KIND_COLOURS[state.status] || "transparent"}`;
+        node.dataset.status = state.status;
+      }
       node.dataset.tokens = state.tokens;
-      node.dataset.status = state.status;
-      parts.numbers.textContent = state.tokens ? `${asCount(state.tokens)} tok · ${asRate(state.rate)} · TTFT ${short(state.ttft)}`
+      put(parts.numbers, { textContent: state.tokens ? `${asCount(state.tokens)} tok · ${asRate(state.rate)} · TTFT ${short(state.ttft)}`
         : state.status === "prefill" ? `${asCount(state.computed)} of ${asCount(state.prompt)} prompt tokens computed`
-        : `${asCount(state.prompt)} prompt tokens`;
-      parts.times.textContent = state.tokens > 1 ? `ITL ${short(state.itl)}, last ${short(state.last)}` : "\u00a0";
-      node.title = "TTFT: from arrival to the first token. ITL: between two tokens, mean and last. "
-        + "Rate: tokens over the time from arrival to the newest.";
+        : `${asCount(state.prompt)} prompt tokens` });
+      put(parts.times, { textContent: state.tokens > 1 ? `ITL ${short(state.itl)}, last ${short(state.last)}` : "\u00a0" });
     },
   };
 }
@@ -120,10 +121,9 @@ async function render({ model, el }) {
     const parts = [`${running} running`, `${waiting} waiting`, preempted ? `${preempted} preempted` : "", `${asCount(finished)} finished`];
     const text = `${parts.filter(Boolean).join(" · ")} · ${asRate(rate)} in all (last second)`;
     const more = requests - shown;
-    totals.textContent = more > 0 ? `${text} · ${asCount(more)} more without a card` : text;
+    put(totals, { textContent: more > 0 ? `${text} · ${asCount(more)} more without a card` : text });
     Object.assign(ui.root.dataset, { requests, shown, more, running });
-    list.button.textContent = `All ${asCount(requests)}…`;
-    list.button.disabled = !requests;
+    put(list.button, { textContent: `All ${asCount(requests)}…`, disabled: !requests });
   };
 
   // Which card is selected; one of them can be reached with Tab.
@@ -132,11 +132,10 @@ async function render({ model, el }) {
     let reachable = null;
     for (const card of cards) {
       const is = card.id !== null && card.id === selected;
-      card.node.setAttribute("aria-selected", is);
-      card.node.tabIndex = -1;
+      put(card.node, { ariaSelected: String(is) });
       if (card.id !== null && (is || !reachable)) reachable = card;
     }
-    if (reachable) reachable.node.tabIndex = 0;
+    for (const card of cards) put(card.node, { tabIndex: card === reachable ? 0 : -1 });
     if (selected !== marked) {
       marked = selected;
       const card = cards.find((c) => c.id !== null && c.id === selected);

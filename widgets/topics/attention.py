@@ -1,7 +1,7 @@
 """The topic behind AttentionScope: rows of attention of one request, as its tokens are computed.
 
 The rows are pulled. A few times a second, and only if something has changed, `look_at_rows` runs between two steps of
-the engine; what is left waits for the next time. An engine that goes as fast as it can gives 1% of its time; one that is
+the engine; what is left waits for the next time. An engine that goes as fast as it can gives half a percent of its time; one that
 held to a pace has time to spare, and one that is paused or has nothing to do has plenty. So a page can fall behind the
 engine and catch up, but cannot hold it back.
 
@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict, deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,7 +27,7 @@ from widgets.frames import Payload
 from widgets.topics.base import Topic, register
 
 LOOKS_PER_SECOND = 8
-SHARE = 0.01  # of the time of an engine that goes as fast as it can
+SHARE = 0.005  # of the time of an engine that goes as fast as it can: few of its steps are late for it
 BUDGET_S = 0.001  # of its time for one look: one step in some hundred is late by so much
 SPARE_SHARE = 0.25  # of the pace of an engine that is held to one
 IDLE_BUDGET_S = 0.03  # for one look while nobody waits for a token
@@ -91,7 +92,8 @@ def look_at_rows(llm: Any, wish: Wish) -> Seen:
     try:
         new = _not_in(seen.kept, wish.has_row if same else None)
         # Rows of the head in focus first: they are few bytes, and the large picture is what one looks at.
-        for positions in _portions(_not_in(seen.kept, wish.has_full if same else None), 16, end, seen):
+        half = start + (end - start) / 2
+        for positions in _portions(_not_in(seen.kept, wish.has_full if same else None), 16, half, seen):
             seen.full.append((positions, probe.attention_uint8(positions.tolist(), [seen.layer], [seen.head])[0, 0]))
         for positions in _portions(new, 4, end, seen):
             seen.rows.append((positions, probe.attention_uint8(positions.tolist(), width=POOLED_WIDTH)))
@@ -160,9 +162,9 @@ class AttentionTopic(Topic):
         return self._whole(state)
 
     def delta(self, state: EngineState, events: list[Event]) -> Payload | None:
-        self._stale |= any(event.kind in ("step_ended", "request_added", "request_finished", "engine_config")
-                           for event in events)
-        self._changed |= any(event.kind in ("request_added", "request_finished") for event in events)
+        kinds = {event[2] for event in events}
+        self._changed |= not kinds.isdisjoint(("request_added", "request_finished"))
+        self._stale |= not kinds.isdisjoint(("step_ended", "request_added", "request_finished", "engine_config"))
         self._advance(state)
         key, record = self._current(state)
         if self._told != (key, self._focus(record), record.extent if record else 0):
@@ -320,16 +322,19 @@ class AttentionTopic(Topic):
     def _texts(self, request: RequestState) -> list[str]:
         """Texts of the tokens that the page does not have yet; "" where a recording kept only how many there were."""
         text = self.feed.source.token_text
-        prompt = request.prompt_token_ids
-        prompt = [None] * request.num_prompt_tokens if prompt is None else prompt
-        ids = [*prompt, *request.token_ids][self._told_tokens:]
+        told, num_prompt = self._told_tokens, request.num_prompt_tokens
+        ids = request.token_ids[max(0, told - num_prompt):]
+        if told < num_prompt:
+            prompt = request.prompt_token_ids
+            ids = [*([None] * num_prompt if prompt is None else prompt)[told:], *ids]
         return ["" if i is None else text(i) or f"#{i}" for i in ids]
 
     def _listed(self, state: EngineState) -> list[list[str]]:
         """[[request id, status], ...]: those that can be shown or watched, the newest first."""
-        remembered = {i for i, _ in self._records}
-        usable = [r for r in reversed(state.requests.values()) if r.finished_ns is None or r.request_id in remembered]
-        return [[r.request_id, r.status] for r in usable[:LISTED_REQUESTS]]
+        usable = {r.request_id: r for r in islice(reversed(state.unfinished.values()), LISTED_REQUESTS)}
+        usable |= {i: state.requests[i] for i, _ in self._records if i in state.requests}
+        newest_first = sorted(usable.values(), key=lambda request: -request.added_ns)
+        return [[request.request_id, request.status] for request in newest_first[:LISTED_REQUESTS]]
 
 
 def _packed(record: AttentionRecord, focus: tuple[int, int], only: set[int] | None = None) -> dict[str, np.ndarray]:

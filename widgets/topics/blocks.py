@@ -12,7 +12,7 @@ from the prefix cache], and the block tables of those whose table changed: `tabl
 order of `table_keys`. Keys are small numbers for request ids; `gone` lists those that ended.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from tinyvllm.engine.events import Event
 from tinyvllm.engine.state import EngineState, RequestState
 from widgets.frames import Payload
 from widgets.topics.base import Topic, register
+
+_OTHER_KINDS = frozenset(("step_begun", "step_ended", "tokens"))  # most of all events
 
 
 @register
@@ -34,18 +36,18 @@ class BlocksTopic(Topic):
         super().__init__(feed, **params)
         self._keys: dict[str, int] = {}
         self._next_key = 0
-        self._ref = self._filled = np.zeros(0, np.int32)
-        self._batch: list[list] = []  # of the step that runs
+        self._requests: dict[str, RequestState] | None = None  # the run's: a reset makes another
         self.state: EngineState | None = None  # what the page sees: the answers speak of the same
 
     def snapshot(self, state: EngineState) -> Payload:
-        self.state = state
-        self._batch = state.steps[-1].batch if state.steps else []
+        self.state, self._requests = state, state.requests
         num_blocks = state.config.get("num_blocks", 0)
         self._keys = {}
-        self._ref, self._filled = np.zeros(num_blocks, np.int32), np.zeros(num_blocks, np.int32)
+        self._ref, self._filled = [0] * num_blocks, [0] * num_blocks  # as the page has them
+        self._num_held = self._num_filled = self._num_saved = 0
+        self._told = {name: (r.num_computed_tokens, len(r.token_ids)) for name, r in state.unfinished.items()}
         blocks = self._blocks(state, range(num_blocks))
-        alive = [request for name, request in state.requests.items() if is_alive(state, name)]
+        alive = list(state.unfinished.values())
         rows = [self._row(request) for request in alive]
         return Payload({"num_blocks": num_blocks, "block_size": state.config.get("block_size", 1),
                         "max_model_len": state.config.get("max_model_len", 0),
@@ -53,7 +55,7 @@ class BlocksTopic(Topic):
                         **self._tables(alive, blocks), "totals": self._totals(state)}, blocks)
 
     def delta(self, state: EngineState, events: list[Event]) -> Payload | None:
-        if self.state is not state or any(event.kind == "engine_config" for event in events):
+        if self.state is not state or self._requests is not state.requests:
             return Payload({**(whole := self.snapshot(state)).data, "whole": True}, whole.arrays)
         changed, touched, retabled, gone = self._changes(state, events)
         if not (changed or touched or gone):
@@ -87,33 +89,44 @@ class BlocksTopic(Topic):
         arrays["table_sizes"] = np.array([len(request.block_ids) for request in requests], np.int32)
         return {"table_keys": [self._key(request.request_id) for request in requests]}
 
-    def _blocks(self, state: EngineState, ids: Iterable[int]) -> dict[str, np.ndarray]:
-        ids = np.asarray(ids, np.int32)
+    def _blocks(self, state: EngineState, ids: Sequence[int]) -> dict[str, np.ndarray]:
+        """What there is to tell of these blocks; the totals are kept up to date by the difference."""
         owners: list[int] = []
-        refs, filled = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32)
-        cached = np.zeros(len(ids), np.uint8)
-        for i, block_id in enumerate(ids.tolist()):
-            held_by = state.block_owners.get(block_id)
+        refs, filled, cached = [], [], []
+        size, holders = state.config.get("block_size", 1), state.block_owners
+        for block_id in ids:
+            held_by, is_cached = holders.get(block_id), block_id in state.cached_blocks
+            ref, full = 0, size if is_cached else 0
             if held_by:
+                ref, full = len(held_by), slots_filled(state, block_id)
                 owners += map(self._key, held_by)
-                refs[i] = len(held_by)
-            cached[i] = block_id in state.cached_blocks
-            if held_by or cached[i]:
-                filled[i] = slots_filled(state, block_id)
-        self._ref[ids], self._filled[ids] = refs, filled
-        return {"ref": refs.astype(np.uint16), "filled": filled, "cached": cached,
-                "owners": np.array(owners, np.int32)}
+            refs.append(ref)
+            filled.append(full)
+            cached.append(is_cached)
+            if before := self._ref[block_id]:
+                self._count(-1, before, self._filled[block_id])
+            if ref:
+                self._count(1, ref, full)
+            self._ref[block_id], self._filled[block_id] = ref, full
+        return {"ref": np.array(refs, np.uint16), "filled": np.array(filled, np.int32),
+                "cached": np.array(cached, np.uint8), "owners": np.array(owners, np.int32)}
+
+    def _count(self, sign: int, ref: int, filled: int) -> None:
+        self._num_held += sign
+        self._num_filled += sign * filled
+        self._num_saved += sign * (ref - 1)
 
     def _changes(self, state: EngineState, events: list[Event]) -> tuple[set[int], dict[str, None], set[str], set[str]]:
         """(blocks that changed, requests whose row changed, those whose table changed, those that ended)."""
         blocks: set[int] = set()
-        touched: dict[str, None] = {}  # in order of arrival
+        touched: dict[str, None] = {}
         retabled: set[str] = set()
         gone: set[str] = set()
-        size = state.config.get("block_size", 1)
-        keeps = state.config.get("use_kv_cache", True)
         for event in events:
-            kind, name = event.kind, event.request_id
+            kind = event[2]
+            if kind in _OTHER_KINDS:
+                continue
+            name = event.request_id
             if kind in ("blocks_allocated", "blocks_shared", "blocks_freed"):
                 blocks.update(event.a)
                 retabled.add(name)
@@ -124,24 +137,26 @@ class BlocksTopic(Topic):
                 blocks.update(event.a)
             elif kind == "request_finished":
                 gone.add(name)
-            elif kind == "step_begun":
-                self._batch = event.b
-            elif kind == "step_ended":  # only now its keys are there; it may have begun a frame ago
-                for request_id, start, count, _ in self._batch:
-                    touched[request_id] = None
-                    table = state.requests[request_id].block_ids if request_id in state.requests else []
-                    blocks.update(table[start // size:-(-(start + count) // size)] if keeps else table)
             elif kind.startswith("request_"):
                 touched[name] = None
+        # However many steps there were: the blocks between what was computed a frame ago and what is now.
+        size, keeps = state.config.get("block_size", 1), state.config.get("use_kv_cache", True)
+        for name, request in state.unfinished.items():
+            now, before = request.num_computed_tokens, self._told.get(name, (0, 0))
+            if before != (now, len(request.token_ids)):
+                self._told[name] = now, len(request.token_ids)
+                touched[name] = None
+                first, last = (before[0], now) if before[0] < now else (now, before[0])
+                blocks.update(request.block_ids[first // size:-(-last // size)] if keeps else request.block_ids)
+        for name in gone:
+            self._told.pop(name, None)
         return blocks, touched, retabled, gone
 
     def _totals(self, state: EngineState) -> dict[str, int]:
         """In slots, a shared block counted once: held, filled; saved by sharing; what the prefix cache found so far."""
-        held = self._ref > 0
         size = state.config.get("block_size", 1)
-        return {"slots": int(held.sum()) * size, "filled": int(self._filled[held].sum()),
-                "saved": int(np.maximum(self._ref - 1, 0).sum()) * size,
-                "found": sum(request.num_cached_tokens for request in state.requests.values())}
+        return {"slots": self._num_held * size, "filled": self._num_filled, "saved": self._num_saved * size,
+                "found": state.num_cached_tokens}
 
 
 def is_alive(state: EngineState, request_id: str) -> bool:

@@ -35,10 +35,10 @@ class Profiles:
         if events is None:
             events = self._log.read(self._next_seq)[0]
         for event in events:
-            if event.seq >= self._next_seq:
-                self._next_seq = event.seq + 1
-                if event.kind == "step_profiled":
-                    self.found.append(event)
+            if event[2] == "step_profiled" and event.seq >= self._next_seq:
+                self.found.append(event)
+        if events:
+            self._next_seq = max(self._next_seq, events[-1].seq + 1)
 
     def until(self, step: StepState | None) -> list[Event]:
         """Those that belong to this step or one before it."""

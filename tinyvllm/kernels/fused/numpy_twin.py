@@ -5,6 +5,7 @@ import numpy as np
 from tinyvllm.kernels.attention.numpy_twin import attention_numpy
 from tinyvllm.kernels.embedding import embedding_numpy
 from tinyvllm.kernels.gemm.numpy_twin import linear_numpy
+from tinyvllm.kernels.keep_rows import keep_rows_numpy
 from tinyvllm.kernels.kv_cache import write_kv_numpy
 from tinyvllm.kernels.residual_add import residual_add_numpy
 from tinyvllm.kernels.rms_norm import rms_norm_numpy
@@ -48,4 +49,5 @@ def norm_logits_numpy(logits, last, residual, indices, norm_weight, weight, eps)
 
 
 OPS = {"embedding": embedding_numpy, "norm_qkv_rope_write": norm_qkv_rope_write_numpy, "attention": attention_numpy,
-       "linear_add": linear_add_numpy, "norm_gate_up": norm_gate_up_numpy, "norm_logits": norm_logits_numpy}
+       "linear_add": linear_add_numpy, "norm_gate_up": norm_gate_up_numpy, "norm_logits": norm_logits_numpy,
+       "keep_rows": keep_rows_numpy}

@@ -65,7 +65,7 @@ class FusedOperations:
         self.table: MappingProxyType[str, Callable] = MappingProxyType({
             "embedding": self.embedding, "norm_qkv_rope_write": self.norm_qkv_rope_write,
             "attention": self.attention, "linear_add": self.linear_add, "norm_gate_up": self.norm_gate_up,
-            "norm_logits": self.norm_logits})
+            "norm_logits": self.norm_logits, "keep_rows": self.keep_rows})
 
     # ---- the operations: see numpy_twin.py ----
 
@@ -98,9 +98,7 @@ class FusedOperations:
         group = num_heads // num_kv_heads
         scale = scale * prefill.LOG2_E
         if num_decodes:
-            # Fast memory divided as the kernels before and after divide it: a change would hold up all three.
-            few = self.hopper and out.shape[0] <= FEW_ROWS_HOPPER
-            shared_percent = few_rows.SHARED_PERCENT[_bucket(out.shape[0])] if few else None
+            shared_percent = self._shared_percent(out.shape[0])
             splits = ceil_div(max_blocks * block_size, decode.SPLIT)
             parts = 0
             if splits > 1:
@@ -161,6 +159,15 @@ class FusedOperations:
         self._norm(last, residual, norm_weight, indices.address, eps)
         self._linear(logits, last, weight)
 
+    def keep_rows(self, kept, layer, source, positions) -> None:
+        """Nothing is launched when there are no positions: while nobody watches, this costs a comparison."""
+        num_rows = positions.shape[0]
+        if num_rows:
+            width = kept.shape[2]
+            kernel = rows.keep_rows_kernel(width, self.dependent, self._shared_percent(num_rows))
+            self._run(kernel, (num_rows, rows.column_blocks(width), 1), rows.THREADS, 0, kept[layer].address,
+                      source.address, positions.address, source.shape[1])
+
     def argmax(self, ids, logits) -> None:
         """As argmax_numpy; the vocabulary a multiple of 8."""
         num_rows, vocab_size = logits.shape
@@ -183,6 +190,11 @@ class FusedOperations:
         if size not in self._scratch:
             self._scratch[size] = cuda.device_array(size, np.float32)
         return pointer(self._scratch[size])
+
+    def _shared_percent(self, num_rows: int) -> int | None:
+        """For kernels between those for a few rows: fast memory divided as they do, for a change holds up all three."""
+        few = self.hopper and num_rows <= FEW_ROWS_HOPPER
+        return few_rows.SHARED_PERCENT[_bucket(num_rows)] if few else None
 
     def _few_rows(self, x, norm: bool, after: str, head_dim: int = 0):
         """The kernel for a few rows, or None if there are too many, or too wide ones."""

@@ -5,8 +5,9 @@
                   in gemm/few_rows.py, so that both give the same bits
     gate_rows     out[t] = silu(gate[t]) * up[t]
     add_rows      residual[t] += x[t]
+    keep_rows     kept[positions[t]] = x[t], where positions[t] is not negative
 
-The maths and the simple versions: embedding.py, rms_norm.py, silu_mul.py, residual_add.py.
+The maths and the simple versions: embedding.py, rms_norm.py, silu_mul.py, residual_add.py, keep_rows.py.
 """
 
 import functools
@@ -25,6 +26,7 @@ from tinyvllm.kernels.ptx import (
     lane_index,
     let_next_kernel_start,
     load_16_bytes_cached,
+    load_i32,
     load_shared_f32,
     load_u32,
     low_bf16,
@@ -36,7 +38,8 @@ from tinyvllm.kernels.ptx import (
     wait_for_previous_kernel,
 )
 
-__all__ = ["gather_rows_kernel", "norm_rows_kernel", "gate_rows_kernel", "add_rows_kernel", "column_blocks", "THREADS"]
+__all__ = ["gather_rows_kernel", "norm_rows_kernel", "gate_rows_kernel", "add_rows_kernel", "keep_rows_kernel",
+           "column_blocks", "THREADS"]
 
 THREADS = 256
 WARPS = THREADS // 32
@@ -164,3 +167,25 @@ def add_rows_kernel(DEPTH: int, DEPENDENT: bool = False):
             store_16_bytes(residual + at, r[0], r[1], r[2], r[3])
 
     return add_rows
+
+
+@functools.cache
+def keep_rows_kernel(WIDTH: int, DEPENDENT: bool = False, SHARED_PERCENT: int | None = None):
+    """SHARED_PERCENT: as in attention/decode.py."""
+
+    @kernel(signature=("uint64",) * 3 + ("int32",), max_threads=THREADS)
+    def keep_rows(kept, x, positions, pitch):
+        """kept [places, WIDTH]; x: rows of `pitch` elements, whose first WIDTH are kept. Block (x, y): as above."""
+        if DEPENDENT:  # every block waits, also one that has nothing to do: who waits for this kernel relies on it
+            let_next_kernel_start()
+            wait_for_previous_kernel()
+        row, column = block_index_x(), np.uint32((block_index_y() * THREADS + thread_index()) * 8)
+        position = load_i32(positions + np.uint64(row) * np.uint64(4))
+        if position >= 0 and column < WIDTH:
+            a, b, c, d = load_16_bytes_cached(x + (np.uint64(row) * np.uint64(pitch) + np.uint64(column))
+                                              * np.uint64(2))
+            store_16_bytes(kept + (np.uint64(position) * np.uint64(WIDTH) + np.uint64(column)) * np.uint64(2),
+                           a, b, c, d)
+
+    keep_rows.shared_percent = SHARED_PERCENT
+    return keep_rows
