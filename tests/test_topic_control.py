@@ -172,7 +172,7 @@ def test_no_thread_outlives_its_feed_or_engine(make_llm, end):
     until(lambda: not threads("tinyvllm-arrivals"))
     live.close()
     feed.close()
-    until(lambda: feed._thread not in threading.enumerate())
+    until(lambda: feed._pump_thread._thread not in threading.enumerate())
 
 
 def test_a_burst_and_the_same_texts_again_after_a_reset(feed, live):

@@ -4,17 +4,15 @@
                                                           ^                                            │
                                                           └───── ready, visible, ack, ask, command ────┘
 
-Only topics that somebody can see are computed. A page that cannot draw as fast is not sent more (clock.py). A reader
-that fell behind sees the gap in the sequence numbers and asks the engine to tell its state again. The pump never touches
-the engine: it reads the log, and asks by `between_steps`.
+Only topics that somebody can see are computed, as often as pace.py says. A page that cannot draw as fast is not sent
+more (clock.py). A reader that fell behind sees the gap in the sequence numbers and asks the engine to tell its state
+again. The pump never touches the engine: it reads the log, and asks by `between_steps`.
 """
 
-import queue
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import partial
 from typing import Any
 
 from tinyvllm.engine.events import Event
@@ -24,13 +22,13 @@ from widgets.answers.inspect import check_address
 from widgets.clock import FeedStats, Flow, LatencyClock
 from widgets.frames import Packer, Payload
 from widgets.hub import SELECTION, Hub
-from widgets.pace import FRAMES_PER_SECOND, Pace
+from widgets.pace import FRAMES_PER_SECOND
+from widgets.pump import Pump
 from widgets.reader import Reader
 from widgets.register import load_all
 from widgets.replies import reply
 from widgets.subscriptions import Subscription, Subscriptions
 
-SLICE_PAUSE_S = 0.001
 MOST_WAITING = 20_000  # events that wait for a frame: beyond that a snapshot is cheaper
 
 
@@ -43,14 +41,13 @@ class Feed:
 
     def __init__(self, source: Any = None, *, frames_per_second: float = FRAMES_PER_SECOND, hub: Any = None,
                  start: bool = True):
-        self.pace = Pace(frames_per_second)
+        self._pump_thread = Pump(self, frames_per_second)
         load_all()
         self._reader = Reader(source)
         self.hub = Hub() if hub is None else hub
         self.lock = threading.RLock()  # around state and subscriptions: the pump writes, answers read
         self.stats = FeedStats()
         self.error: BaseException | None = None  # the last mistake in a topic; the feed goes on without it
-        self._jobs: queue.SimpleQueue = queue.SimpleQueue()  # functions for the pump's thread
         self.subscriptions = Subscriptions(self)
         self._frame = 0
         self.flow = Flow()
@@ -63,9 +60,8 @@ class Feed:
         self._cursor: float | None = None  # of the last frame
         self._closed = threading.Event()
         self.hub.listen(self._on_message)
-        self._thread = threading.Thread(target=self._run, name="tinyvllm-feed", daemon=True)
         if source is not None and start:
-            self._thread.start()
+            self._pump_thread.start()
 
     @classmethod
     def of(cls, source: Any) -> "Feed":
@@ -122,11 +118,9 @@ class Feed:
     def close(self) -> None:
         """End the pump. The engine goes on."""
         self._closed.set()
-        self._jobs.put(lambda: None)  # it need not wait for its next frame
         for end in self.on_close:
             end()
-        if self._thread.is_alive():
-            self._thread.join(timeout=10)
+        self._pump_thread.join()
 
     def __repr__(self) -> str:
         return f"Feed({self.source!r}, {len(self.subscriptions)} topics, {self.stats.frames} frames)"
@@ -182,41 +176,11 @@ class Feed:
 
     def later(self, job: Callable, *arguments: Any) -> None:
         """Call job(*arguments) in the pump's thread, soon; here and now if that does not run."""
-        if self._thread.is_alive() and not self.closed:
-            self._jobs.put(partial(job, *arguments))
-        else:
-            job(*arguments)
+        self._pump_thread.later(job, *arguments)
 
-    def _run(self) -> None:
-        due = time.monotonic() + self.pace.least_s
-        while not self._closed.is_set():
-            try:
-                if (wait := due - time.monotonic()) > 0:
-                    self._jobs.get(timeout=wait)()
-                    continue
-                with self.lock:
-                    self._frame_in_time()
-            except queue.Empty:
-                continue
-            except Exception as error:  # a picture's mistake is not the engine's, nor the other pictures'
-                self.error = error
-            due = time.monotonic() + self.pace.interval_s(len(self.subscriptions.visible_ones()))
-            if self.source.state == "closed":  # its last frame has just been sent
-                self._closed.set()
-        while not self._jobs.empty():
-            self._jobs.get()()
-
-    def _frame_in_time(self) -> None:
-        started = time.thread_time()
-        self.tick()
-        spent = time.thread_time() - started
-        self.stats.pump_s += spent
-        self.pace.spent(spent)
-
-    def _breathe(self) -> None:
-        """Between two pieces of a frame: an engine at full speed is held up by one of them and not by the sum."""
-        if threading.current_thread() is self._thread and self.source.state == "running":
-            time.sleep(SLICE_PAUSE_S)
+    def end(self) -> None:
+        """No more frames: the pump's thread ends by itself."""
+        self._closed.set()
 
     def tick(self) -> None:
         """One frame: take in what happened, and send what changed to whoever can see it."""
@@ -233,7 +197,7 @@ class Feed:
             if payload is not None:
                 topics[key] = {"mode": "snapshot" if sub.needs_snapshot else "delta", **packer.add(payload)}
                 sub.needs_snapshot = False
-                self._breathe()
+                self._pump_thread.breathe()
         self.subscriptions.need_snapshots(lambda sub: not sub.visible)
         live = self.live()
         if topics or live != self._told:

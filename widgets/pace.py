@@ -1,4 +1,11 @@
-"""How often the feed sends a frame: as often as the eye likes it, as seldom as the engine needs it."""
+"""How often the feed sends a frame: as often as the eye likes it, as seldom as the engine needs it.
+
+And for how long the interpreter may be kept from the engine's thread at a time.
+"""
+
+import sys
+import threading
+from typing import Any
 
 FRAMES_PER_SECOND = 20
 MANY_TOPICS = 4  # from so many visible topics on, which are as many pictures to draw in every frame,
@@ -29,3 +36,31 @@ class Pace:
         """From one frame to the next, while so many topics are visible."""
         by_eye = 1.0 / FRAMES_OF_MANY if num_topics >= MANY_TOPICS else 0.0
         return max(self.least_s, by_eye, min(self.cost_s / SHARE, SLOWEST_S))
+
+
+class Switches:
+    """Python hands its interpreter to another thread that waits for it after five milliseconds: three steps of a small
+    model. While somebody shows an engine at full speed it is half of one, for every thread of the process."""
+
+    QUICK_S = 0.0005
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._wanted_by: set[int] = set()
+        self._before: float | None = None  # what it was, while it is quick
+
+    def quick(self, who: Any, wanted: bool) -> None:
+        """Say whether `who` wants it quick from now on. It is again what it was when nobody does."""
+        if wanted == (id(who) in self._wanted_by):
+            return
+        with self._lock:
+            (self._wanted_by.add if wanted else self._wanted_by.discard)(id(who))
+            if self._wanted_by and self._before is None:
+                self._before = sys.getswitchinterval()
+                sys.setswitchinterval(min(self._before, self.QUICK_S))
+            elif not self._wanted_by and self._before is not None:
+                sys.setswitchinterval(self._before)
+                self._before = None
+
+
+switches = Switches()

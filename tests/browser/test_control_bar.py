@@ -268,3 +268,23 @@ def test_nothing_is_cut_off(llm, theme, width, scale):
             ...[...document.querySelectorAll('.tv-control *')].map((n) => n.getBoundingClientRect().right))]""")
         assert wide <= width and right <= width
         assert stage.errors == []
+
+
+def test_what_has_not_changed_is_not_written(llm):
+    """A text that is written anew is laid out anew, though it is the same."""
+    with LiveEngine(llm, paused=True) as live, Stage() as stage:
+        feed = stage.feed(live)
+        stage.show(ControlBar(feed))
+        stage.until(lambda: stage.page.locator(".tv-counter b").first.inner_text() != "")
+        stage.page.wait_for_timeout(300)
+        stage.page.evaluate("""() => {
+          window.written = [];
+          const note = (all) => written.push(...all.map((m) => `${m.type} ${m.attributeName} ${m.target.outerHTML || m.target.data}`));
+          new MutationObserver(note).observe(document.querySelector(".tv-panel"),
+            { subtree: true, childList: true, characterData: true, attributes: true });
+          const hub = Object.values(models).find((model) => model.tinyvllmClient), client = hub.tinyvllmClient;
+          for (let i = 0; i < 5; i++) for (const listener of client.listeners) listener(client.live, client.now);
+        }""")
+        stage.page.wait_for_timeout(100)
+        assert stage.page.evaluate("written") == []
+        assert stage.errors == [] and feed.error is None

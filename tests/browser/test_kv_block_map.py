@@ -291,3 +291,19 @@ def test_pools_of_every_size_fit_the_page(llm, num_blocks, block_size, width, sc
         wide, right = stage.page.evaluate("""() => [document.documentElement.scrollWidth, Math.max(
             ...[...document.querySelectorAll('.tv-blocks *')].map((n) => n.getBoundingClientRect().right))]""")
         assert wide <= width and right <= width and stage.errors == []
+
+
+def test_a_step_paints_the_cells_that_changed_and_the_picture_is_as_if_all_were_painted(shown):
+    stage, live = shown
+    for i in range(5):
+        tell(stage, live, f"Tell me story {i} about a fox.", SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
+    stage.until(lambda: int(data(stage)["coloured"] or 0) >= 10)
+    stage.until(lambda: 0 < int(data(stage)["painted"]) <= 12)  # five requests write, and some begin a new block
+    live.pause()
+    assert_page_is_pool(stage, live)
+    pixels = "document.querySelector(\"[data-part='pool']\").toDataURL()"
+    kept = stage.page.evaluate(pixels)
+    for theme in ("dark", "light"):  # everything is painted anew, twice
+        stage.set_theme(theme)
+        stage.until(lambda: data(stage)["painted"] == "64")
+        stage.until(lambda: (stage.page.evaluate(pixels) == kept) == (theme == "light"))  # noqa: B023

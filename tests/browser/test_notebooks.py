@@ -1,5 +1,6 @@
 """Every notebook in a real JupyterLab: Run All, and nothing fails, nothing goes outside, nothing complains."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -13,5 +14,27 @@ def test_run_all(lab, name):
     try:
         page.run_all()
         assert page.errors == [] and page.outside == []
+    finally:
+        page.shutdown()
+
+
+def test_a_newcomer_sees_a_moving_timeline_after_two_clicks(lab):
+    """What `make lab` opens: one click on "Restart the kernel and run all cells", one to confirm."""
+    page = lab.open("notebooks/00_start_here.ipynb")
+    timeline = '.tv-panel[aria-label="Scheduler timeline"] canvas'
+    try:
+        page.page.click("[data-command='notebook:restart-run-all']")
+        page.page.click(".jp-Dialog button.jp-mod-accept")
+        page.page.wait_for_selector(timeline, timeout=60_000)
+        box = page.page.locator(timeline).first.bounding_box()
+        assert box["y"] + 100 < page.page.viewport_size["height"]  # in sight, without scrolling
+        picture = f"() => document.querySelector({timeline!r}).toDataURL()"
+        page.page.wait_for_timeout(1000)
+        first, deadline = page.page.evaluate(picture), time.monotonic() + 60
+        while page.page.evaluate(picture) == first:
+            assert time.monotonic() < deadline, "the timeline stands still"
+            page.page.wait_for_timeout(100)
+        page.wait_idle()
+        page.check_cells()
     finally:
         page.shutdown()

@@ -105,8 +105,8 @@ function makeBars(ui, wanted) {
       note.textContent = error.message;
     }
     draw();
-    // At most seven looks a second, and one more after the last change: paused, the bars are exactly the last step's.
-    timer = setTimeout(() => { busy = false; if (again) ask(); }, 140);
+    // At most four looks a second, and one more after the last change: paused, the bars are exactly the last step's.
+    timer = setTimeout(() => { busy = false; if (again) ask(); }, 250);
   };
   const refresh = (other) => {
     if (other && data && data.request !== wanted()) { data = null; context.textContent = note.textContent = ""; draw(); }

@@ -1,9 +1,9 @@
 """The topic behind AttentionScope: rows of attention of one request, as its tokens are computed.
 
 The rows are pulled. A few times a second, and only if something has changed, `look_at_rows` runs between two steps of
-the engine; what is left waits for the next time. An engine that goes as fast as it can gives half a percent of its time; one that
-held to a pace has time to spare, and one that is paused or has nothing to do has plenty. So a page can fall behind the
-engine and catch up, but cannot hold it back.
+the engine; what is left waits for the next time. An engine that goes as fast as it can gives half a percent of its
+time; one that is held to a pace has time to spare, and one that is paused or has nothing to do has plenty. So a page
+can fall behind the engine and catch up, but cannot hold it back.
 
     selection.request, else whoever comes ── follow ──> queries kept ── look ──> AttentionRecord ──> page
 """
@@ -135,6 +135,8 @@ class AttentionTopic(Topic):
         self._told: tuple | None = None  # what the page has: (key, focus, extent)
         self._told_tokens = 0
         self._bind()
+        if feed.source is not None and feed.source.kind != "replay":
+            import tinyvllm.probe.follow  # noqa: F401  (now: the first look would pay for it in the engine's thread)
 
     def _bind(self) -> None:
         """Begin with the engine that the feed shows now."""

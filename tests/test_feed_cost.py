@@ -1,0 +1,241 @@
+"""What the feed costs the engine, counted and not timed: lines of Python, switches, threads, frames."""
+
+import random
+import sys
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from tests.feed_stand_ins import Page, SteppedFeed, SteppedSource
+from tests.toy import VOCAB
+from tinyvllm import SamplingParams
+from tinyvllm.engine.live import LiveEngine
+from widgets.answers.base import ANSWERS, answers
+from widgets.attention_record import SIDE, AttentionRecord
+from widgets.feed import Feed
+from widgets.pace import FRAMES_OF_MANY, MANY_TOPICS, SHARE, SLOWEST_S, Pace, Switches, switches
+
+TOPICS = ("control", "timeline", "blocks", "race", "attention", "step_anatomy")
+
+
+def greedy(max_tokens):
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+
+
+def lines_of(function) -> int:
+    """How many lines of Python a call runs through, every turn of a loop counted."""
+    count = 0
+
+    def trace(frame, event, argument):
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(None)
+    return count
+
+
+def feed_after(num_finished: int, topics=TOPICS) -> tuple[SteppedSource, SteppedFeed]:
+    """A feed of four running requests, after so many others have ended."""
+    source = SteppedSource(num_blocks=400, max_num_seqs=8)
+    source.steps_per_second = None
+    feed = SteppedFeed(source)
+    for topic in topics:
+        feed.page.ready(topic, view=topic)
+    for i in range(num_finished):
+        source.engine.add_request([1, 2, i % VOCAB], greedy(2))
+    while source.engine.has_unfinished_requests():
+        source.engine.step()
+    for i in range(4):
+        source.engine.add_request([3, 4, i], greedy(200))
+    for _ in range(12):
+        frame(source, feed)
+    return source, feed
+
+
+def frame(source, feed, steps=1):
+    for _ in range(steps):
+        source.engine.step()
+    feed.tick()
+    feed.flow.acknowledged(10**9)
+    assert feed.error is None
+
+
+@pytest.mark.parametrize("topic", [*TOPICS, "all"])
+def test_a_frame_is_no_more_work_after_a_thousand_requests_than_after_ten(topic):
+    counts = []
+    for num_finished in (16, 900):
+        source, feed = feed_after(num_finished, TOPICS if topic == "all" else (topic,))
+        source.now_ns = lambda ahead=10**10: time.perf_counter_ns() + ahead  # the last second is long past
+        frame(source, feed)
+        counts.append(min(lines_of(lambda: frame(source, feed)) for _ in range(3)))  # noqa: B023
+    assert counts[1] < 1.3 * counts[0], counts
+
+
+def test_a_step_more_in_a_frame_costs_a_few_lines_for_each_event():
+    source, feed = feed_after(0)
+    frame(source, feed)
+    before = source.events.next_seq
+    few, seq_few = lines_of(lambda: frame(source, feed, 2)), source.events.next_seq
+    many = lines_of(lambda: frame(source, feed, 42))
+    events = (source.events.next_seq - seq_few) - (seq_few - before)
+    engine = lines_of(lambda: [source.engine.step() for _ in range(40)])
+    assert (many - few - engine) / events < 60  # of four requests each
+
+
+def test_the_counts_of_the_state_are_those_of_its_requests():
+    rng, source = random.Random(5), SteppedSource(num_blocks=9, max_num_seqs=5)
+    feed = SteppedFeed(source)
+    feed.state.kept_requests = 7
+    seen = Counter()
+    for step in range(400):
+        name = f"r{rng.randrange(30)}"
+        if rng.random() < 0.3 and not source.engine.has_request(name):
+            source.engine.add_request([1, 2, 3, 4, 5][:rng.randint(1, 5)], greedy(rng.randint(1, 12)), name)
+        if rng.random() < 0.04 and source.engine.scheduler.running:
+            source.engine.abort(source.engine.scheduler.running[0].request_id)
+        source.engine.step()
+        if step == 250:
+            feed.state._pass_over = -1  # as after a gap: what is told again is taken in anew
+            source.tell_again()
+        feed.tick()
+        for state in (feed.state, feed.state.clone()):
+            requests = list(state.requests.values())
+            assert list(state.unfinished.values()) == [r for r in requests if r.finished_ns is None]
+            assert +state.counts == Counter(r.status for r in requests)
+            assert state.num_preempted == sum(span.kind == "preempted" for r in requests for span in r.spans)
+            assert state.num_cached_tokens == sum(r.num_cached_tokens for r in requests)
+            ended = list(state.finished_newest_first())
+            assert ended == sorted(ended, key=lambda r: -r.finished_ns)
+            assert len(ended) + len(state.unfinished) == len(requests)
+        seen["preempted"] += state.num_preempted
+        seen["cached"] += state.num_cached_tokens
+        seen["forgotten"] += len(ended) == 7
+    assert min(seen[what] for what in ("preempted", "cached", "forgotten")) > 0
+
+
+def test_a_thumbnail_of_twice_the_tokens_has_the_largest_of_four_pixels():
+    record, rng = AttentionRecord(2, 3, 1), np.random.default_rng(0)
+    before = record.thumbnails[:] = rng.integers(0, 256, record.thumbnails.shape, np.uint8)
+    expected = before.copy().reshape(6, SIDE // 2, 2, SIDE // 2, 2).max(axis=(2, 4))
+    record._double()
+    assert np.array_equal(record.thumbnails[:, :SIDE // 2, :SIDE // 2], expected)
+    assert not record.thumbnails[:, SIDE // 2:].any() and not record.thumbnails[:, :, SIDE // 2:].any()
+
+
+# ---- pace ----
+
+def test_many_pictures_come_less_often_and_dear_ones_even_less():
+    pace = Pace(20)
+    assert pace.interval_s(1) == pace.interval_s(MANY_TOPICS - 1) == 1 / 20
+    assert pace.interval_s(MANY_TOPICS) == 1 / FRAMES_OF_MANY > 1 / 20
+    for _ in range(60):
+        pace.spent(0.004)
+    assert pace.interval_s(MANY_TOPICS) == pytest.approx(0.004 / SHARE, rel=0.01)
+    for _ in range(60):
+        pace.spent(0.1)
+    assert pace.interval_s(1) == SLOWEST_S
+    assert Pace(5).interval_s(6) == 1 / 5
+
+
+def test_one_snapshot_does_not_slow_the_frames_after_it():
+    pace = Pace(20)
+    for _ in range(60):
+        pace.spent(0.0005)
+    pace.spent(0.5)
+    assert pace.interval_s(6) == 1 / FRAMES_OF_MANY
+
+
+def test_the_switch_interval_is_short_while_anybody_wants_it_and_then_what_it_was():
+    switches_, before = Switches(), sys.getswitchinterval()
+    a, b = object(), object()
+    try:
+        for who, wanted, quick in ((a, False, False), (a, True, True), (b, True, True), (a, False, True),
+                                   (a, False, True), (b, False, False)):
+            switches_.quick(who, wanted)
+            assert sys.getswitchinterval() == pytest.approx(Switches.QUICK_S if quick else before)
+        sys.setswitchinterval(0.0001)
+        switches_.quick(a, True)
+        assert sys.getswitchinterval() == pytest.approx(0.0001, abs=3e-6)  # never longer than it was
+        switches_.quick(a, False)
+        assert sys.getswitchinterval() == pytest.approx(0.0001, abs=3e-6)
+    finally:
+        sys.setswitchinterval(before)
+
+
+def until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.002)
+
+
+def test_only_an_engine_at_full_speed_that_is_shown_makes_switches_quick(make_llm):
+    before = sys.getswitchinterval()
+    with LiveEngine(make_llm()) as live:
+        feed = Feed(live, hub=Page(), frames_per_second=100)
+        live.on_output(lambda output: live.add([1, 2, 3], greedy(200)) if output.finished else None)
+        live.add([1, 2, 3], greedy(200))
+        time.sleep(0.1)
+        assert sys.getswitchinterval() == before  # nobody looks
+        feed.hub.ready("timeline")
+        until(lambda: sys.getswitchinterval() == pytest.approx(Switches.QUICK_S))
+        live.set_speed(50)
+        until(lambda: sys.getswitchinterval() == pytest.approx(before))
+        live.set_speed(None)
+        until(lambda: sys.getswitchinterval() == pytest.approx(Switches.QUICK_S))
+        feed.close()
+        assert sys.getswitchinterval() == pytest.approx(before) and not switches._wanted_by
+
+
+# ---- whose thread does what ----
+
+def test_what_a_look_brought_is_prepared_and_sent_in_the_pump_s_thread(make_llm):
+    where = {}
+
+    def looked(llm):
+        where["look"] = threading.current_thread().name
+
+        def finish():
+            where["finish"] = threading.current_thread().name
+            return {"number": 7}
+
+        return finish
+
+    class Noting(Page):
+        def send(self, content, buffers=None):
+            if content["type"] == "answer":
+                where["send"] = threading.current_thread().name
+            super().send(content, buffers)
+
+    answers("test.looked")(lambda feed: feed.look(looked))
+    try:
+        with LiveEngine(make_llm()) as live:
+            feed = Feed(live, hub=Noting())
+            feed.hub.say({"op": "ask", "id": "q", "what": "test.looked", "args": {}})
+            until(lambda: feed.hub.answers)
+            feed.close()
+            assert where == {"look": "tinyvllm-engine", "finish": "tinyvllm-feed", "send": "tinyvllm-feed"}
+            assert feed.hub.answers[0]["data"] == {"number": 7}
+            feed.hub.say({"op": "ask", "id": "r", "what": "test.looked", "args": {}})  # closed: still answered
+            until(lambda: len(feed.hub.answers) == 2)
+    finally:
+        del ANSWERS["test.looked"]
+
+
+def test_answers_do_not_wait_for_the_next_frame():
+    feed = Feed(SteppedSource(), hub=Page(), frames_per_second=0.2)
+    done = threading.Event()
+    time.sleep(0.05)
+    feed.later(done.set)
+    assert done.wait(2)
+    began = time.monotonic()
+    feed.close()
+    assert time.monotonic() - began < 2
