@@ -20,6 +20,7 @@ from tests.feed_stand_ins import Page
 from tinyvllm import LLM, LiveEngine, SamplingParams
 from tinyvllm.bench.environment import describe_environment
 from widgets.feed import FRAMES_PER_SECOND, Feed
+from widgets.pace import Pace
 
 TOPICS = {"control": {}, "timeline": {}, "blocks": {}, "race": {"shown": 12}, "attention": {}, "step_anatomy": {}}
 PHASES = ("nobody listens", "feed reads", "six topics")
@@ -64,7 +65,7 @@ class Bench:
         cpu = ticks = 0
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            time.sleep(1 / FRAMES_PER_SECOND)
+            time.sleep(Pace(FRAMES_PER_SECOND).interval_s(len(TOPICS) if name == "six topics" else 0))
             if name != "nobody listens":
                 before = time.thread_time()
                 self.feed.tick()

@@ -176,7 +176,7 @@ class Stage:
             self.turn()
             self.page.wait_for_timeout(10)
 
-    def until(self, condition: Callable[[], Any], timeout: float = 20.0) -> Any:
+    def until(self, condition: Callable[[], Any], timeout: float = 60.0) -> Any:
         """Let it live until condition() is true; returns its value. Raises TimeoutError."""
         end = time.monotonic() + timeout
         while time.monotonic() < end:

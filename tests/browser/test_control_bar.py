@@ -279,7 +279,8 @@ def test_what_has_not_changed_is_not_written(llm):
         stage.page.wait_for_timeout(300)
         stage.page.evaluate("""() => {
           window.written = [];
-          const note = (all) => written.push(...all.map((m) => `${m.type} ${m.attributeName} ${m.target.outerHTML || m.target.data}`));
+          const note = (all) => written.push(
+            ...all.map((m) => `${m.type} ${m.attributeName} ${m.target.outerHTML || m.target.data}`));
           new MutationObserver(note).observe(document.querySelector(".tv-panel"),
             { subtree: true, childList: true, characterData: true, attributes: true });
           const hub = Object.values(models).find((model) => model.tinyvllmClient), client = hub.tinyvllmClient;

@@ -62,7 +62,7 @@ def assert_page_is_pool(stage, live):
         return now["coloured"], json.loads(now["shared"]), now["cached"], now["free"]
 
     try:
-        stage.until(lambda: drawn() == want, timeout=5)
+        stage.until(lambda: drawn() == want)
     except TimeoutError:
         assert drawn() == want
         raise
@@ -73,7 +73,7 @@ def assert_page_is_pool(stage, live):
         for i, block_id in enumerate(ids):
             filled[block_id] = max(filled.get(block_id, 0), min(pool.block_size, tokens[name] - i * pool.block_size))
     slots = len(held) * pool.block_size
-    stage.until(lambda: said(stage, "waste") == str(slots - sum(filled.values())), timeout=5)
+    stage.until(lambda: said(stage, "waste") == str(slots - sum(filled.values())))
     return len(shared), findable
 
 
@@ -295,8 +295,9 @@ def test_pools_of_every_size_fit_the_page(llm, num_blocks, block_size, width, sc
 
 def test_a_step_paints_the_cells_that_changed_and_the_picture_is_as_if_all_were_painted(shown):
     stage, live = shown
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
     for i in range(5):
-        tell(stage, live, f"Tell me story {i} about a fox.", SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
+        tell(stage, live, f"Tell me story {i} about a fox.", params)
     stage.until(lambda: int(data(stage)["coloured"] or 0) >= 10)
     stage.until(lambda: 0 < int(data(stage)["painted"]) <= 12)  # five requests write, and some begin a new block
     live.pause()

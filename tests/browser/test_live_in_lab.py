@@ -67,7 +67,7 @@ def running_and_clean(page):
     assert page.python("print(feed.error, live.error, live.callback_error)") == "None None None"
 
 
-def until(condition, timeout=20):
+def until(condition, timeout=60):
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         assert time.monotonic() < deadline, f"still not so after {timeout} s"

@@ -89,7 +89,8 @@ def test_a_step_taken_apart_shows_the_probes_times_and_moves_along_the_roofline(
             assert dataset()["chosen"] == slowest
     stage.until(lambda: roof.get_attribute("data-roofs") and roof.get_attribute("data-steps") == "2")
     roofs = live.between_steps(lambda llm: llm.probe.ceilings()).result(10)
-    assert roof.get_attribute("data-roofs") == f"{roofs.bandwidth},{roofs.peak}".replace(".0", "")
+    expected = ",".join(str(n).removesuffix(".0") for n in (roofs.bandwidth, roofs.peak))
+    assert roof.get_attribute("data-roofs") == expected
     dots = dict(text.split(":") for text in roof.get_attribute("data-intensities").split())
     assert dots.keys() == {"prefill", "decode"} and float(dots["prefill"]) > 4 * float(dots["decode"])
     decode = live.llm.probe.last_profile.operations

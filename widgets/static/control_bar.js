@@ -189,8 +189,8 @@ async function render({ model, el }) {
     if (document.activeElement !== policy && config.scheduling_policy) put(policy, { value: config.scheduling_policy });
     for (const [name, node] of Object.entries(fields))
       if (!node.dataset.dirty && document.activeElement !== node && config[name] !== undefined) put(node, { value: String(config[name]) });
-    for (const [name, box] of Object.entries(boxes)) if (!box.dataset.dirty && config[name] !== undefined) box.checked = config[name];
-    if (!cache.dataset.dirty) prefix.disabled = isReplay() || !cache.checked;
+    for (const [name, box] of Object.entries(boxes)) if (!box.dataset.dirty && config[name] !== undefined) put(box, { checked: config[name] });
+    if (!cache.dataset.dirty) put(prefix, { disabled: isReplay() || !cache.checked });
     tellSize();
   }
   const able = (nodes, why) => {
