@@ -303,6 +303,7 @@ def test_a_step_paints_the_cells_that_changed_and_the_picture_is_as_if_all_were_
     live.pause()
     assert_page_is_pool(stage, live)
     pixels = "document.querySelector(\"[data-part='pool']\").toDataURL()"
+    stage.run(0.5)  # words are written at once, the picture in the next animation frame
     kept = stage.page.evaluate(pixels)
     stage.set_theme("dark")  # everything is painted anew ...
     stage.until(lambda: stage.page.evaluate(pixels) != kept)
