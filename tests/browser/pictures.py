@@ -73,7 +73,7 @@ def static(output, cell, number: int):
     shown.page.wait_for_timeout(700)  # what is out of sight is not drawn
     png = small_png(shown.screenshot())
     return nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(png).decode(),
-                                                   "text/plain": data.get("text/plain", "")})
+                                                   "text/plain": data.get("text/plain", "").replace(f"{REPOSITORY}/", "")})
 
 
 def capture(page: LabPage, path: Path) -> None:
