@@ -72,8 +72,8 @@ def static(output, cell, number: int):
     shown.scroll_into_view_if_needed()
     shown.page.wait_for_timeout(700)  # what is out of sight is not drawn
     png = small_png(shown.screenshot())
-    return nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(png).decode(),
-                                                   "text/plain": data.get("text/plain", "").replace(f"{REPOSITORY}/", "")})
+    words = data.get("text/plain", "").replace(f"{REPOSITORY}/", "")  # where it was run is nobody's business
+    return nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(png).decode(), "text/plain": words})
 
 
 def capture(page: LabPage, path: Path) -> None:
