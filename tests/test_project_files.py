@@ -1,5 +1,6 @@
 """The project's own files agree with each other."""
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -52,3 +53,15 @@ def test_training_needs_torch_but_the_product_does_not():
         if "demo" in path.parts or "bench" in path.parts:
             continue
         assert not re.search(r"^\s*(import|from) (torch|transformers)\b", path.read_text(), re.MULTILINE), path
+
+
+def test_notebooks_are_as_git_and_nbval_want_them():
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        notebook = json.loads(path.read_text())
+        assert "widgets" not in notebook["metadata"], f"{path.name} carries widget state"
+        assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "code" and cell["outputs"]:
+                assert cell["execution_count"], f"{path.name}, {cell['id']}: nbval refuses outputs without a number"
+                assert "widget-view" not in json.dumps(cell["outputs"])
+                assert str(ROOT) not in json.dumps(cell["outputs"])

@@ -45,11 +45,12 @@ def add_posters(page: LabPage, path: Path) -> None:
     notebook = nbformat.read(path, 4)
     page.command("docmanager:save")
     page.page.wait_for_timeout(1500)
-    told = nbformat.read(path, 4)
+    told, number_run = nbformat.read(path, 4), 0
     for index, (cell, ran) in enumerate(zip(notebook.cells, told.cells)):
         if cell.cell_type != "code":
             continue
-        cell.execution_count, cell.metadata = None, {}
+        number_run += 1  # from 1 on, whoever ran what before: nbval wants a number where there are outputs
+        cell.execution_count, cell.metadata = number_run, {}
         seen = [static(output, cells.nth(index), number) for number, output in enumerate(ran.get("outputs", []))]
         cell.outputs = [output for output in seen if output is not None]
     notebook.metadata.pop("widgets", None)
