@@ -51,29 +51,30 @@ def tell(stage, live, text=STORY, params=LONG):
 
 def assert_page_is_pool(stage, live):
     """The page, once it has drawn what the paused engine told, shows the pool and nothing else."""
+    stage.until(lambda: live.state == "paused")  # a step that was begun is ended first
     pool = pool_of(live)
     held = [b for b in pool.blocks if b.ref_cnt]
     shared = {str(b.block_id): b.ref_cnt for b in held if b.ref_cnt > 1}
     findable = sum(b.block_hash is not None and not b.ref_cnt for b in pool.blocks)
-    want = (str(len(held)), shared, str(findable), str(pool.num_free_blocks - findable))
+    tokens = {r.request_id: r.num_computed_tokens for r in live.llm.engine.scheduler.running}
+    filled = {}
+    for name, ids in live.llm.engine.kv_cache_manager.req_to_block_ids.items():
+        for i, block_id in enumerate(ids):
+            filled[block_id] = max(filled.get(block_id, 0), min(pool.block_size, tokens[name] - i * pool.block_size))
+    waste = len(held) * pool.block_size - sum(filled.values())
+    want = (str(len(held)), shared, str(findable), str(pool.num_free_blocks - findable),
+            f"{len(held)} of {pool.num_blocks}", str(len(shared)), str(waste))
 
     def drawn():
         now = data(stage)
-        return now["coloured"], json.loads(now["shared"]), now["cached"], now["free"]
+        return (now["coloured"], json.loads(now["shared"]), now["cached"], now["free"],
+                said(stage, "held"), said(stage, "shared"), said(stage, "waste"))
 
     try:
         stage.until(lambda: drawn() == want)
     except TimeoutError:
         assert drawn() == want
         raise
-    assert said(stage, "held") == f"{len(held)} of {pool.num_blocks}" and said(stage, "shared") == str(len(shared))
-    tokens = {r.request_id: r.num_computed_tokens for r in live.llm.engine.scheduler.running}
-    filled = {}
-    for name, ids in live.llm.engine.kv_cache_manager.req_to_block_ids.items():
-        for i, block_id in enumerate(ids):
-            filled[block_id] = max(filled.get(block_id, 0), min(pool.block_size, tokens[name] - i * pool.block_size))
-    slots = len(held) * pool.block_size
-    stage.until(lambda: said(stage, "waste") == str(slots - sum(filled.values())))
     return len(shared), findable
 
 
