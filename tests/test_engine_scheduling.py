@@ -68,6 +68,35 @@ def test_static_policy_waits_for_the_whole_batch():
     assert all(tokens(outputs[str(i)]) == continuation([i + 1], 2 + 4 * (i == 0)) for i in range(4))
 
 
+def test_a_static_batch_is_chosen_by_seats_and_comes_in_as_the_budget_allows():
+    engine = toy_engine(num_blocks=64, max_num_seqs=3, max_num_batched_tokens=8, scheduling_policy="static")
+    for i in range(4):
+        engine.add_request([i] * 6, greedy(12 if i == 0 else 3), str(i))
+    for _ in range(2):
+        engine.step()
+    engine.add_request([7], greedy(2), "late")
+    together = []
+    while engine.has_unfinished_requests():
+        engine.step()
+        together.append({name for name, _, _ in engine.runner.batches[-1]})
+    assert engine.runner.batches[0] == [("0", 0, 6), ("1", 0, 2)], "the budget holds for a static batch too"
+    assert {"0", "1", "2"} in together, "all who waited and had a seat are in one batch"
+    assert not any({"0", "1", "2"} & names and {"3", "late"} & names for names in together)
+    assert {"3", "late"} in together, "the next batch is whoever waits when it begins"
+
+
+def test_a_static_batch_is_what_the_pool_holds():
+    engine = toy_engine(num_blocks=4, max_num_seqs=4, max_num_batched_tokens=16, scheduling_policy="static")
+    for i in range(4):
+        engine.add_request([i] * 6, greedy(2), str(i))
+    together = []
+    while engine.has_unfinished_requests():
+        engine.step()
+        together.append({name for name, _, _ in engine.runner.batches[-1]})
+    assert together[0] == {"0", "1"} and {"2", "3"} in together
+    assert not any({"0", "1"} & names and {"2", "3"} & names for names in together)
+
+
 def test_preemption_recomputes_and_streams_every_token_once():
     engine = toy_engine(num_blocks=6, block_size=4, max_num_batched_tokens=64)
     prompts = {"a": [1, 2, 3, 4, 5], "b": [6, 7, 8, 9, 10], "c": [11, 12, 13]}

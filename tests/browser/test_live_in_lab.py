@@ -153,7 +153,7 @@ def test_stop_reaches_the_engine_within_150_ms(page):
         names = stats(page)["running"]
         clicked = time.perf_counter_ns()  # the engine's own clock: CLOCK_MONOTONIC, one for all processes
         page.page.evaluate(f"() => document.querySelector(\"{BAR} [data-do='stop']\").click()")
-        until(lambda: ended_ns(page, names))
+        until(lambda names=names: ended_ns(page, names))
         took.append((max(ended_ns(page, names)) - clicked) / 1e6)
         assert took[-1] > 0
         page.python("live.resume()\nfor _ in range(4): one_more()")

@@ -28,9 +28,9 @@ from tinyvllm.kernels.cuda_support import device_name, require_cuda
 from tinyvllm.probe.profiler import StepProfile, StepProfiler
 
 SEATS, ROOMY, TIGHT = 32, 1536, 420
-# name -> (policy, blocks, token budget). A static batch is what one step's budget admits: its own holds all prompts.
-RUNS = {"continuous": ("continuous", ROOMY, 512), "static": ("static", ROOMY, 16384),
-        "tight": ("continuous", TIGHT, 512), "anatomy": ("continuous", ROOMY, 512)}
+BUDGET = 512  # tokens a step
+RUNS = {"continuous": ("continuous", ROOMY), "static": ("static", ROOMY), "tight": ("continuous", TIGHT),
+        "anatomy": ("continuous", ROOMY)}  # name -> (policy, blocks)
 PROFILED_STEPS = (1, 2, 12, 20, 40, 60)  # of the run "anatomy"
 
 
@@ -39,7 +39,7 @@ def arrivals():
     return poisson_arrivals(96, 90.0, prompt_tokens=(64, 512), output_tokens=(32, 256), num_shared_tokens=64, seed=7)
 
 
-def record(bench: Bench, policy: str, num_blocks: int, budget: int, requests: list,
+def record(bench: Bench, policy: str, num_blocks: int, requests: list,
            profiled: tuple[int, ...] = ()) -> list:
     """Serve the arrivals by the clock; returns the events. A first pass, not recorded, captures graphs.
 
@@ -48,7 +48,7 @@ def record(bench: Bench, policy: str, num_blocks: int, budget: int, requests: li
     for log in (None, EventLog(10**6)):
         engine = LLMEngine(bench.runner, vocab_size=bench.config.vocab_size, eos_token_ids=bench.config.eos_token_ids,
                            num_blocks=num_blocks, block_size=BLOCK_SIZE, max_model_len=MAX_MODEL_LEN,
-                           max_num_seqs=SEATS, max_num_batched_tokens=budget, scheduling_policy=policy)
+                           max_num_seqs=SEATS, max_num_batched_tokens=BUDGET, scheduling_policy=policy)
         if log is not None:
             engine.listen(log)
         vocabulary = range(bench.config.vocab_size - 256)  # without the special tokens

@@ -41,9 +41,9 @@ class SchedulerOutput:
 class Scheduler:
     """Queues, admission and preemption. It knows tokens by count only: no kernels, no text.
 
-    policy "continuous": admit whenever there is room. "static": admit only when nobody runs any more, the way
-    batches were served before continuous batching; kept for comparison. (A static batch is what one step's token budget
-    admits: give it a budget of all its prompts.)
+    policy "continuous": admit whenever there is room. "static": the way batches were served before continuous
+    batching, kept for comparison. When nobody runs any more, those who wait now and find a seat are the next batch; it
+    comes in as the token budget allows, and nobody else does until all of it has ended.
     use_kv_cache=False: forget what was computed after every sampled token, so that each step recomputes the whole
     sequence; kept for the lesson on why a cache exists.
     """
@@ -58,6 +58,7 @@ class Scheduler:
         self.use_kv_cache = use_kv_cache
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
+        self._batch_left = 0  # policy "static": so many of the waiting ones still belong to the batch
         self.num_preemptions = 0
 
     def add_request(self, request: Request) -> None:
@@ -91,14 +92,20 @@ class Scheduler:
                 budget -= num_new
                 index += 1
 
-        may_admit = not output.preempted and (self.policy == "continuous" or not self.running)
-        while may_admit and self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+        if not self.running:
+            self._batch_left = min(len(self.waiting), self.max_num_seqs)
+        if output.preempted:  # the batch is what fits
+            self._batch_left = 0
+        is_static = self.policy == "static"
+        while (self.waiting and budget > 0 and len(self.running) < self.max_num_seqs and not output.preempted
+               and (self._batch_left > 0 or not is_static)):
             request = self.waiting[0]
             computed_blocks = self.kv_cache_manager.get_computed_blocks(request)
             num_cached = len(computed_blocks) * self.kv_cache_manager.block_size
             num_new = min(request.num_tokens - num_cached, budget)
             # Room for its first chunk is not enough: it would soon be preempted, and what it computed lost.
             if self.running and not self.kv_cache_manager.has_room_for(request, computed_blocks):
+                self._batch_left = 0
                 break
             if self.kv_cache_manager.allocate_slots(request, num_new, computed_blocks) is None:
                 break
@@ -110,6 +117,7 @@ class Scheduler:
             if request.num_cached_tokens < 0:
                 request.num_cached_tokens = num_cached
             self.running.append(request)
+            self._batch_left -= 1
             shares.append((request, num_new))
             budget -= num_new
             if self.events is not None:
