@@ -115,7 +115,7 @@ def test_eviction_takes_the_least_recently_used_and_the_tail_first():
         found = manager.get_computed_blocks(request)
         manager.allocate_slots(request, request.num_tokens - 4 * len(found), found)
         request.num_computed_tokens = request.num_tokens
-        manager.cache_full_blocks(request)
+        manager.cache_full_blocks(request, request.num_computed_tokens)
         return request
 
     old, new = hold("old", list(range(12))), hold("new", list(range(20, 32)))

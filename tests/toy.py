@@ -78,10 +78,45 @@ class ToyRunner:
         return next_token(seen)
 
 
+class AheadToyRunner(ToyRunner):
+    """A toy device that is given steps ahead: it works them off in order, and keeps to itself what it sampled until it
+    is asked. Python is told as late as can be, and the device knows only what was sampled in the step before."""
+
+    runs_ahead = True
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.sampled: dict[str, int] = {}  # by the step that was begun last
+        self.begun = self.waited = 0
+        self.most_ahead = 0
+
+    def begin(self, output):
+        known = [(s, list(s.request.token_ids)) for s in output.scheduled]
+        for s, token_ids in known:
+            stop = s.start + s.num_scheduled_tokens
+            assert stop <= len(token_ids) + 1, "more than one token ahead"
+            if stop == len(token_ids) + 1:
+                s.request.token_ids.append(self.sampled[s.request.request_id])  # only as long as this step is computed
+        try:
+            tokens = self.execute(output)
+        finally:
+            for s, token_ids in known:
+                s.request.token_ids[:] = token_ids
+        self.begun += 1
+        self.sampled, number = tokens, self.begun
+        self.most_ahead = max(self.most_ahead, self.begun - self.waited)
+
+        def wait():
+            self.waited = number
+            return tokens
+
+        return wait
+
+
 def toy_engine(num_blocks=8, block_size=4, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=1000,
-               eos_token_ids=(), tokenizer=None, **options) -> LLMEngine:
-    """An LLMEngine over a ToyRunner."""
-    runner = ToyRunner(num_blocks, block_size, max_num_batched_tokens, max_num_seqs)
+               eos_token_ids=(), tokenizer=None, runner_type=ToyRunner, **options) -> LLMEngine:
+    """An LLMEngine over a toy."""
+    runner = runner_type(num_blocks, block_size, max_num_batched_tokens, max_num_seqs)
     return LLMEngine(runner, tokenizer, vocab_size=VOCAB, eos_token_ids=eos_token_ids, num_blocks=num_blocks,
                      block_size=block_size, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
                      max_num_batched_tokens=max_num_batched_tokens, **options)

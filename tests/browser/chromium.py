@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+PATIENCE_S = 180.0  # before a test gives up on what should come at once: a busy machine is not a mistake
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 

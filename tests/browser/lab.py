@@ -18,7 +18,7 @@ from pathlib import Path
 
 from playwright.sync_api import Page
 
-from tests.browser.chromium import shared_browser
+from tests.browser.chromium import PATIENCE_S, shared_browser
 
 IDLE = """() => {
   const panel = window.jupyterapp?.shell?.currentWidget;
@@ -89,6 +89,7 @@ class LabPage:
         self.lab, self.page, self.notebook = lab, page, notebook
         self.errors: list[str] = []
         self.outside: list[str] = []
+        page.set_default_timeout(1000 * PATIENCE_S)
         page.on("console", self._console)
         page.on("pageerror", lambda error: self.errors.append(f"page error: {error}"))
         page.route("**/*", self._route)
@@ -127,7 +128,7 @@ class LabPage:
                                    ".jp-RenderedText[data-mime-type*='error']")
         assert failed.count() == 0, failed.first.inner_text()
 
-    def python(self, code: str, timeout: float = 30) -> str:
+    def python(self, code: str, timeout: float = PATIENCE_S) -> str:
         """Run code in the notebook's kernel, as a person at its console would; returns what it printed."""
         return self.page.evaluate("""([code, timeout]) => new Promise((resolve, reject) => {
             const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
@@ -151,7 +152,7 @@ class LabPage:
         self.command("docmanager:save")
         self.page.reload()
         self.page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel",
-                                    timeout=60_000)
+                                    timeout=1000 * PATIENCE_S)
 
     def shutdown(self) -> None:
         """End the kernel and close the tab."""

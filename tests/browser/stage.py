@@ -19,7 +19,7 @@ from typing import Any
 
 from playwright.sync_api import Page
 
-from tests.browser.chromium import shared_browser
+from tests.browser.chromium import PATIENCE_S, shared_browser
 from widgets.feed import Feed
 from widgets.hub import Hub
 from widgets.panel import Panel
@@ -91,6 +91,7 @@ class Stage:
 
     def __init__(self, width: int = 1280, height: int = 900, theme: str = "light"):
         self.page: Page = shared_browser.get().new_page(viewport={"width": width, "height": height})
+        self.page.set_default_timeout(1000 * PATIENCE_S)
         self.errors: list[str] = []
         self.page.on("console", lambda m: self.errors.append(m.text) if m.type in ("error", "warning") else None)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -176,7 +177,7 @@ class Stage:
             self.turn()
             self.page.wait_for_timeout(10)
 
-    def until(self, condition: Callable[[], Any], timeout: float = 60.0) -> Any:
+    def until(self, condition: Callable[[], Any], timeout: float = PATIENCE_S) -> Any:
         """Let it live until condition() is true; returns its value. Raises TimeoutError."""
         end = time.monotonic() + timeout
         while time.monotonic() < end:

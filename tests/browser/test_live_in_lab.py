@@ -6,6 +6,7 @@ import time
 import nbformat
 import pytest
 
+from tests.browser.chromium import PATIENCE_S
 from tests.browser.lab import THEMES, Lab
 
 START = """
@@ -67,7 +68,7 @@ def running_and_clean(page):
     assert page.python("print(feed.error, live.error, live.callback_error)") == "None None None"
 
 
-def until(condition, timeout=60):
+def until(condition, timeout=PATIENCE_S):
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         assert time.monotonic() < deadline, f"still not so after {timeout} s"
@@ -213,7 +214,7 @@ def test_a_cell_that_is_run_again_shows_the_same_run(page):
 def test_reload_in_mid_run_restores_every_view(page):
     steps = stats(page)["num_steps"]
     page.reload()
-    page.page.wait_for_selector(BAR, timeout=30_000)
+    page.page.wait_for_selector(BAR)
     until(lambda: page.page.locator(".tv-panel").count() == 9)
     count = frames(page)
     until(lambda: frames(page) > count + 5)

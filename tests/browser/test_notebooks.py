@@ -25,7 +25,7 @@ def test_a_newcomer_sees_a_moving_timeline_after_two_clicks(lab):
     try:
         page.page.click("[data-command='notebook:restart-run-all']")
         page.page.click(".jp-Dialog button.jp-mod-accept")
-        page.page.wait_for_selector(timeline, timeout=60_000)
+        page.page.wait_for_selector(timeline)
         box = page.page.locator(timeline).first.bounding_box()
         assert box["y"] + 100 < page.page.viewport_size["height"]  # in sight, without scrolling
         picture = f"() => document.querySelector({timeline!r}).toDataURL()"

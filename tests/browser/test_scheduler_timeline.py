@@ -191,7 +191,7 @@ def test_keys_and_wheel_zoom_and_pan_and_the_wheel_is_the_pages_until_a_click(tr
                           ("End", lambda a, b: b["follow"] == "true")):
             before = data(stage)
             stage.page.keyboard.press(key)
-            stage.until(lambda: test(before, data(stage)), timeout=3)  # noqa: B023 - called at once
+            stage.until(lambda: test(before, data(stage)))  # noqa: B023 - called at once
         stage.page.keyboard.press("ArrowDown")
         stage.until(lambda: feed.selection["request"] == "0")
         stage.page.keyboard.press("ArrowDown")

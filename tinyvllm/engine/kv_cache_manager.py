@@ -88,13 +88,14 @@ class KVCacheManager:
         self.prefix_cache_queries += num_queried
         self.prefix_cache_hits += num_hit
 
-    def cache_full_blocks(self, request: Request) -> None:
-        """Publish the full blocks of what is computed. Only after the step ran: a hash promises written keys."""
+    def cache_full_blocks(self, request: Request, num_computed_tokens: int) -> None:
+        """Publish the full blocks of the first num_computed_tokens. Only after the step ran: a hash promises written
+        keys."""
         if not self.enable_caching or request.request_id in self._unpublished:
             return
         blocks = self.req_to_blocks[request.request_id]
         hashes = self.req_to_hashes[request.request_id]
-        for i in range(len(hashes), request.num_computed_tokens // self.block_size):
+        for i in range(len(hashes), num_computed_tokens // self.block_size):
             tokens = request.token_ids[i * self.block_size:(i + 1) * self.block_size]
             parent = hashes[-1] if hashes else NO_PARENT
             block_hash = self.pool.cache_full_block(blocks[i], parent, tokens)

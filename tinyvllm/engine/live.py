@@ -196,7 +196,8 @@ class LiveEngine(Driver):
         self._count_step()
         self._stepping = True
         try:
-            self._deliver(self.llm.engine.step())
+            # Nobody waits for what is under way but who wants it to stand still: at full speed nobody does.
+            self._deliver(self.llm.engine.step(ahead=not (self._paused or self._interval)))
         finally:
             self._stepping = False
         return 0.0
@@ -215,10 +216,22 @@ class LiveEngine(Driver):
         except RequestError as error:  # two with one id: the second is dropped, and says so
             self.callback_error = error
 
+    def _set_paused(self, paused: bool) -> None:
+        super()._set_paused(paused)
+        if paused and self.llm.engine is not None:
+            self._settle()
+
+    def _settle(self) -> None:
+        """End what is under way: who looks now sees the engine after a step, and not in two at once."""
+        self.llm.engine.settle()
+        self._deliver(self.llm.engine.take_pending())
+
     def _look(self, future: Future, look: Callable, arguments: tuple) -> None:
         if not future.set_running_or_notify_cancel():
             return
         try:
+            if self.error is None:
+                self._settle()
             future.set_result(look(self.llm, *arguments))
         except BaseException as error:
             future.set_exception(error)

@@ -2,33 +2,26 @@
 
     step():   schedule -> run -> sample -> update -> emit
 
-It owns policy and bookkeeping only. Numbers are made by a runner (`execute(SchedulerOutput) -> {request_id: token}`)
-and text by a tokenizer; tests put a toy in the place of either.
+The engine owns policy and bookkeeping only. Numbers are made by a runner (engine/pipeline.py says what it must do) and
+text by a tokenizer; tests put a toy in the place of either.
 """
 
 import itertools
-import numbers
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
+from typing import Any
 
 from tinyvllm.engine.events import EventLog
 from tinyvllm.engine.kv_cache_manager import KVCacheManager
+from tinyvllm.engine.pipeline import Pipeline, Runner
+from tinyvllm.engine.prompts import check_prompt, check_vocabulary, encode_prompt
 from tinyvllm.engine.request import Request, RequestStatus
-from tinyvllm.engine.scheduler import Scheduler, SchedulerOutput
+from tinyvllm.engine.scheduler import Scheduler
 from tinyvllm.engine.snapshot import emit_snapshot
 from tinyvllm.errors import RequestError
 from tinyvllm.outputs import CompletionOutput, EngineStats, RequestMetrics, RequestOutput
 from tinyvllm.sampling_params import SamplingParams
-
-
-class Runner(Protocol):
-    """What computes a step: writes K and V of every scheduled token, samples where asked."""
-
-    def execute(self, output: SchedulerOutput) -> dict[str, int]: ...
-
-    # A runner may also have `begin`, which starts a step and returns a function that waits for its tokens; then
-    # outputs of the step before are made meanwhile.
 
 
 class LLMEngine:
@@ -53,15 +46,14 @@ class LLMEngine:
         self.scheduler = Scheduler(self.kv_cache_manager, max_num_seqs=max_num_seqs,
                                    max_num_batched_tokens=max_num_batched_tokens, policy=scheduling_policy,
                                    use_kv_cache=use_kv_cache)
+        self.pipeline = Pipeline(runner, self.scheduler)
         self.seed = seed
         self._request_counter = itertools.count()
         self._requests: dict[str, Request] = {}
         self._detokenizers: dict[str, Any] = {}
         self._pending: list[RequestOutput] = []  # made, but not handed to anybody yet
         self._new_tokens: list[tuple] = []  # (request_id, token id, text) not told to the listener yet
-        self.num_steps = self.num_finished = self.num_prompt_tokens = self.num_output_tokens = 0
-        self.last_step_tokens = 0
-        self._begin = getattr(runner, "begin", None)
+        self.num_finished = 0
 
     # ---- requests in ----
 
@@ -77,10 +69,10 @@ class LLMEngine:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling parameters must be a SamplingParams, got {type(params).__name__}")
-        self._check_vocabulary("stop token id", params.stop_token_ids)
+        check_vocabulary("stop token id", params.stop_token_ids, self.vocab_size)
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this engine has none: use stop_token_ids")
-        text, token_ids = self._encode(prompt)
+        text, token_ids = encode_prompt(prompt, self.tokenizer)
         self._check_prompt(token_ids)
         number = next(self._request_counter)
         while request_id is None and str(number) in self._requests:  # somebody chose that number for a name
@@ -125,13 +117,14 @@ class LLMEngine:
         return request_id in self._requests or any(output.request_id == request_id for output in self._pending)
 
     def has_unfinished_requests(self) -> bool:
-        return self.scheduler.has_unfinished_requests() or bool(self._pending)
+        return self.scheduler.has_unfinished_requests() or bool(self.pipeline.steps or self._pending)
 
     def listen(self, events: EventLog | None) -> None:
         """Emit events into this log from now on, beginning with what is there already; None stops it."""
+        self.settle()
         self._tell_new_tokens()  # of a step that was interrupted: whoever listens now learns them with the rest
         is_told_again = events is not None and events is self.events
-        for part in (self, self.scheduler, self.kv_cache_manager, self.kv_cache_manager.pool):
+        for part in (self, self.pipeline, self.scheduler, self.kv_cache_manager, self.kv_cache_manager.pool):
             part.events = events
         if events is not None:
             emit_snapshot(self, events, is_told_again)
@@ -142,131 +135,76 @@ class LLMEngine:
 
     # ---- one step ----
 
-    def step(self) -> list[RequestOutput]:
+    def step(self, ahead: bool = True) -> list[RequestOutput]:
         """Schedule, run, update, emit; returns an output for every request that got a token or ended.
+
+        ahead: whether the runner is given the step after this one too, if it can be (see Runner). What was begun
+        already is ended by the next step(), or by settle().
 
         If the runner raises, the error goes to the caller and the books stay balanced: no token was counted as
         computed, so the next step() tries the same work again. Outputs that were made before an error, or before an
         interrupt from the keyboard, come with the next step.
         """
-        overlap = self._begin is not None and self.events is None  # a listener is told things in their order
+        pipeline = self.pipeline
+        # A step ahead hides the making of outputs; a runner that can only begin one hides it behind the next step, but a
+        # listener is told things in their order.
+        overlap = pipeline.begin is not None and not pipeline.runs_ahead and self.events is None
         if not overlap:
             self._emit_new_tokens()  # none, unless the step before was interrupted
-        if self.events is not None:
-            self.events.step = self.num_steps + 1  # the step that this scheduling belongs to
-        batch = self.scheduler.schedule()
-        if batch.scheduled:
-            now = time.perf_counter()
-            for scheduled in batch.scheduled:
-                if scheduled.request.metrics.first_scheduled_time is None:
-                    scheduled.request.metrics.first_scheduled_time = now
-            if overlap:
-                wait = self._begin(batch)
-                self._emit_new_tokens()  # of the step before, while the device works on this one
-                tokens = wait()
-            else:
-                tokens = self._run(batch)
-            self._count(batch)
-            self.scheduler.update(batch, tokens)
-            self._emit_new_tokens(urgent_only=overlap)
-        elif overlap:
-            self._emit_new_tokens()
+        if not pipeline.steps:
+            pipeline.launch()
+        if ahead and pipeline.runs_ahead:
+            pipeline.launch_ahead()
+        if overlap or not pipeline.steps:
+            self._emit_new_tokens()  # of the step before, while the device works on this one
+        if pipeline.steps:
+            self._take_in(urgent_only=overlap)
         return self.take_pending()
+
+    def settle(self) -> None:
+        """Wait for what is under way: nothing moves afterwards. Its outputs come with the next step()."""
+        self._emit_new_tokens()
+        while self.pipeline.steps:
+            self._take_in()
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that ran."""
+        return self.pipeline.num_steps
 
     @property
     def stats(self) -> EngineStats:
         """A snapshot, cheap enough for every step."""
-        manager, scheduler = self.kv_cache_manager, self.scheduler
+        manager, scheduler, pipeline = self.kv_cache_manager, self.scheduler, self.pipeline
         return EngineStats(
-            num_steps=self.num_steps, num_running=len(scheduler.running), num_waiting=len(scheduler.waiting),
+            num_steps=pipeline.num_steps, num_running=len(scheduler.running), num_waiting=len(scheduler.waiting),
             num_finished=self.num_finished, kv_cache_usage=manager.pool.usage, num_blocks=manager.pool.num_blocks,
-            num_free_blocks=manager.pool.num_free_blocks, num_prompt_tokens=self.num_prompt_tokens,
-            num_output_tokens=self.num_output_tokens, num_preemptions=scheduler.num_preemptions,
+            num_free_blocks=manager.pool.num_free_blocks, num_prompt_tokens=pipeline.num_prompt_tokens,
+            num_output_tokens=pipeline.num_output_tokens, num_preemptions=scheduler.num_preemptions,
             prefix_cache_queries=manager.prefix_cache_queries, prefix_cache_hits=manager.prefix_cache_hits,
-            last_step_tokens=self.last_step_tokens, running=[r.request_id for r in scheduler.running],
+            last_step_tokens=pipeline.last_step_tokens, running=[r.request_id for r in scheduler.running],
             waiting=[r.request_id for r in scheduler.waiting])
 
     # ---- details ----
 
-    def _encode(self, prompt: Any) -> tuple[str | None, list[int]]:
-        """(text or None, token ids) of a prompt in any of its forms."""
-        text = None
-        if isinstance(prompt, Mapping):
-            if not prompt or set(prompt) - {"prompt_token_ids", "prompt"}:
-                raise RequestError(f"a prompt dictionary has the key 'prompt_token_ids' or 'prompt', "
-                                   f"got {', '.join(map(repr, sorted(prompt, key=str))) or 'none'}")
-            text = prompt.get("prompt")
-            prompt = text if prompt.get("prompt_token_ids") is None else prompt["prompt_token_ids"]
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise RequestError("this engine has no tokenizer: give the prompt as token ids")
-            if not prompt:
-                raise RequestError("the prompt is empty: give at least one character or token id")
-            return prompt, self.tokenizer.encode_prompt(prompt)
-        if hasattr(prompt, "tolist"):  # a NumPy array; a batch of one, as tokenizers return it, is one prompt
-            prompt = prompt.tolist()
-            if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], list):
-                prompt = prompt[0]
-        if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Iterable):
-            raise _not_a_prompt(prompt)
-        token_ids = list(prompt)
-        if set(map(type, token_ids)) == {int}:
-            return text, token_ids
-        if not all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in token_ids):
-            raise _not_a_prompt(prompt if isinstance(prompt, Sequence) else token_ids)
-        return text, [int(i) for i in token_ids]
-
-    def _check_vocabulary(self, what: str, token_ids: Sequence[int]) -> None:
-        bad = next((i for i in token_ids if not 0 <= i < self.vocab_size), None)
-        if bad is not None:
-            raise RequestError(f"{what} {bad} is out of range: this model's vocabulary has the ids "
-                               f"0 to {self.vocab_size - 1}")
-
     def _check_prompt(self, token_ids: list[int]) -> None:
-        if not token_ids:
-            raise RequestError("the prompt is empty: give at least one character or token id")
-        self._check_vocabulary("token id", token_ids)
-        if len(token_ids) >= self.max_model_len:
-            raise RequestError(f"the prompt has {len(token_ids)} tokens, and max_model_len={self.max_model_len} must "
-                               "hold the prompt and at least one new token: shorten it or raise max_model_len")
-        capacity = self.kv_cache_manager.pool.num_blocks * self.kv_cache_manager.block_size
-        if len(token_ids) >= capacity:
-            raise RequestError(f"the prompt has {len(token_ids)} tokens and the whole KV cache holds {capacity} "
-                               f"({self.kv_cache_manager.pool.num_blocks} blocks of "
-                               f"{self.kv_cache_manager.block_size}), prompt and at least one new token together: "
-                               "shorten it or raise num_blocks")
+        manager = self.kv_cache_manager
+        check_prompt(token_ids, vocab_size=self.vocab_size, max_model_len=self.max_model_len,
+                     num_blocks=manager.pool.num_blocks, block_size=manager.block_size)
 
     def _max_len(self) -> int:
         # A request that alone outgrows the pool could never be finished: it ends with "length" at that point.
         return min(self.max_model_len, self.kv_cache_manager.pool.num_blocks * self.kv_cache_manager.block_size)
 
-    def _run(self, batch: SchedulerOutput) -> dict[str, int]:
-        events = self.events
-        if events is None:
-            return self.runner.execute(batch)
-        events.emit("step_begun", None, batch.total_num_scheduled_tokens,
-                    tuple((s.request.request_id, s.start, s.num_scheduled_tokens, s.sample) for s in batch.scheduled))
-        start = time.perf_counter_ns()
-        try:
-            tokens = self.runner.execute(batch)
-        except Exception as error:
-            events.emit("step_failed", None, f"{type(error).__name__}: {error}")
-            raise
-        events.emit("step_ended", None, time.perf_counter_ns() - start)
-        return tokens
-
-    def _count(self, batch: SchedulerOutput) -> None:
-        self.num_steps += 1
-        self.last_step_tokens = batch.total_num_scheduled_tokens
-        for scheduled in batch.scheduled:
-            prompt_left = scheduled.request.num_prompt_tokens - scheduled.start
-            if prompt_left > 0:
-                self.num_prompt_tokens += min(prompt_left, scheduled.num_scheduled_tokens)
-            self.num_output_tokens += scheduled.sample
+    def _take_in(self, urgent_only: bool = False) -> None:
+        self.pipeline.take_in()
+        self._emit_new_tokens(urgent_only)
+        self.pipeline.promote()
 
     def _emit_new_tokens(self, urgent_only: bool = False) -> None:
         """urgent_only: first tokens and last ones; the others can wait until the next step is under way."""
-        for request in list(self.scheduler.running):
+        preempted = takewhile(lambda request: request.status is not RequestStatus.WAITING, self.scheduler.waiting)
+        for request in [*self.scheduler.running, *preempted]:  # preempted while the step ran that gave it a token
             if urgent_only and request.num_emitted_tokens and not request.status.is_finished:
                 continue
             if request.num_emitted_tokens < request.num_output_tokens:
@@ -325,11 +263,6 @@ class LLMEngine:
             self.events.emit("request_finished", request.request_id, request.finish_reason, request.num_output_tokens)
         del self._requests[request.request_id]
         self._detokenizers.pop(request.request_id, None)
-
-
-def _not_a_prompt(prompt: Any) -> RequestError:
-    return RequestError(f"a prompt is text, a list of token ids, or {{'prompt_token_ids': [...]}}, "
-                        f"got {type(prompt).__name__}: {str(prompt)[:60]}")
 
 
 def _request_seed(engine_seed: int, number: int) -> int:

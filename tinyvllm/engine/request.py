@@ -8,7 +8,8 @@ first, and whenever it does, one more token is sampled and the race goes on:
     computed   ######## . . . . . . . .        a prompt in chunks
     computed   ################### . .  .      caught up: sample, append, one left to compute
 
-Chunked prefill, prefix-cache hits and preemption are then only different values of `num_computed_tokens`.
+Chunked prefill, prefix-cache hits and preemption are then only different values of `num_computed_tokens`, which counts
+what steps that are under way compute: whoever schedules the next one takes it as done.
 """
 
 import enum
@@ -50,6 +51,7 @@ class Request:
         self.token_ids = list(prompt_token_ids)  # prompt, then output
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
+        self.num_pending = 0  # tokens that steps under way will have sampled: their number is known, not yet what they are
         self.max_len = max_len
         if params.max_tokens is not None:
             self.max_len = min(max_len, self.num_prompt_tokens + params.max_tokens)

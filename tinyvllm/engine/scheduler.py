@@ -26,6 +26,7 @@ class ScheduledRequest:
     start: int  # position of the first of them: num_computed_tokens before the step
     block_ids: list[int]
     sample: bool  # the last of them is the request's last token: its logits choose the next one
+    taken_in: bool = False  # by update
 
 
 @dataclass
@@ -68,7 +69,10 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def schedule(self) -> SchedulerOutput:
-        """Hand out one step's token budget. Allocates blocks; computes nothing."""
+        """Hand out one step's token budget. Allocates blocks; computes nothing.
+
+        A step may still be under way (see `advance`): what it samples counts as tokens that are there.
+        """
         output = SchedulerOutput()
         shares: list[tuple[Request, int]] = []  # in order of admission
         budget = self.max_num_batched_tokens
@@ -76,7 +80,11 @@ class Scheduler:
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
-            num_new = len(request.token_ids) - request.num_computed_tokens
+            num_tokens = len(request.token_ids) + request.num_pending
+            if request.num_pending and num_tokens >= request.max_len:  # the step under way gives it its last token
+                index += 1
+                continue
+            num_new = num_tokens - request.num_computed_tokens
             if num_new == 0:  # an interrupt came before its token was appended
                 request.num_computed_tokens -= 1
                 num_new = 1
@@ -128,24 +136,41 @@ class Scheduler:
         for request, num_new in shares:
             start = request.num_computed_tokens
             share = ScheduledRequest(request, num_new, start, block_ids[request.request_id],
-                                     start + num_new == len(request.token_ids))
+                                     start + num_new == len(request.token_ids) + request.num_pending)
             (output.scheduled if num_new == 1 else longer).append(share)
         output.num_decodes = len(output.scheduled)
         output.scheduled += longer
         output.total_num_scheduled_tokens = self.max_num_batched_tokens - budget
         return output
 
-    def update(self, output: SchedulerOutput, sampled_token_ids: dict[str, int]) -> None:
-        """Take in a step that ran: advance, publish full blocks, append tokens.
+    def advance(self, output: SchedulerOutput) -> None:
+        """Take a step as computed: it is under way, and the next one can be scheduled."""
+        for scheduled in output.scheduled:
+            scheduled.request.num_computed_tokens += scheduled.num_scheduled_tokens
+            scheduled.request.num_pending += scheduled.sample
 
-        sampled_token_ids: request_id -> token, for every ScheduledRequest with `sample`.
+    def take_back(self, output: SchedulerOutput) -> None:
+        """A step that was under way came to nothing: it is to be scheduled again. The latest one first."""
+        for scheduled in output.scheduled:
+            scheduled.request.num_pending -= scheduled.sample
+            if scheduled.request.status is RequestStatus.RUNNING:
+                scheduled.request.num_computed_tokens -= scheduled.num_scheduled_tokens
+
+    def update(self, output: SchedulerOutput, sampled_token_ids: dict[str, int]) -> None:
+        """Take in a step that ran: publish full blocks, append tokens.
+
+        sampled_token_ids: request_id -> token, for every ScheduledRequest with `sample`. A request that has ended
+        since the step began gets none; one that was preempted since gets its token and computes it later.
         """
         for scheduled in output.scheduled:
-            request = scheduled.request
-            if request.status is not RequestStatus.RUNNING:
-                continue  # aborted while the step ran
-            request.num_computed_tokens += scheduled.num_scheduled_tokens
-            self.kv_cache_manager.cache_full_blocks(request)
+            if scheduled.taken_in:  # before an interrupt from the keyboard
+                continue
+            request, scheduled.taken_in = scheduled.request, True
+            request.num_pending -= scheduled.sample
+            if request.status is RequestStatus.RUNNING:
+                self.kv_cache_manager.cache_full_blocks(request, scheduled.start + scheduled.num_scheduled_tokens)
+            elif request.status.is_finished:
+                continue
             if scheduled.sample:
                 request.append_output(sampled_token_ids[request.request_id])
                 if not self.use_kv_cache:

@@ -256,7 +256,7 @@ class EngineState:
         requests, keeps = self.requests, self.config.get("use_kv_cache", True)
         for request_id, start, count, sampled in step.batch:
             request = requests.get(request_id)
-            if request is not None and request.finished_ns is None:
+            if request is not None and request.status == "running":  # not ended, nor preempted, while the step ran
                 # Without a KV cache a sampled token means: begin again from the first.
                 request.num_computed_tokens = start + count if keeps or not sampled else 0
 
