@@ -6,6 +6,7 @@ it makes them again. So a graph that was captured for other memory, or without a
 
 import contextlib
 import ctypes
+from collections import deque
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,11 +18,13 @@ from tinyvllm.engine.llm_engine import LLMEngine
 from tinyvllm.kernels import numpy_backend
 from tinyvllm.kernels.device_array import DeviceArray
 from tinyvllm.kernels.fused import numpy_twin
+from tinyvllm.kernels.fused.take_sampled import take_sampled_numpy
 from tinyvllm.loader.weights import numpy_weights
 from tinyvllm.model import llama, llama_fused
 from tinyvllm.model.config import ModelConfig
 from tinyvllm.model.rope_table import cos_sin_table
-from tinyvllm.runner import cuda_graphs
+from tinyvllm.runner import cuda_graphs, pinned
+from tinyvllm.runner.cuda import CUDABackend
 from tinyvllm.runner.model_runner import ModelRunner
 from tinyvllm.runner.watch import RequestWatch
 
@@ -38,25 +41,36 @@ def view(array):
 
 
 class HostStream:
-    """A Stream that runs what it is given at once, or records it."""
+    """A Stream that does what it is given as late as can be: when somebody waits for it. Or records it."""
 
     def __init__(self):
         self.calls = None
+        self.queue = deque()
+        self.num_given = self.num_done = 0
 
     def run(self, function, arguments):
         if self.calls is None:
-            function(*map(view, arguments))
+            self.put(lambda: function(*map(view, arguments)))
         else:
             self.calls.append((function, arguments))
 
+    def put(self, work):
+        self.queue.append(work)
+        self.num_given += 1
+
+    def reach(self, number):
+        while self.num_done < number:
+            self.queue.popleft()()
+            self.num_done += 1
+
     def synchronize(self):
-        pass
+        self.reach(self.num_given)
 
     def copy_to_device(self, address, host_address, size):
-        ctypes.memmove(address, host_address, size)
+        self.put(lambda: ctypes.memmove(address, host_address, size))
 
     def copy_to_host(self, host_address, address, size):
-        ctypes.memmove(host_address, address, size)
+        self.put(lambda: ctypes.memmove(host_address, address, size))
 
     @contextlib.contextmanager
     def capture(self):
@@ -65,6 +79,16 @@ class HostStream:
         yield captured
         self.calls = None
         captured.graph = SimpleNamespace(launch=lambda stream: [stream.run(*call) for call in calls], calls=calls)
+
+
+class HostEvent:
+    """An Event of a HostStream."""
+
+    def record(self, stream):
+        self.stream, self.number = stream, stream.num_given
+
+    def synchronize(self):
+        self.stream.reach(self.number)
 
 
 def attention_without_padding(out, qkv, k, v, tables, seq_lens, starts, num_decodes, *rest):
@@ -89,6 +113,8 @@ class HostBackend:
         self.forward = (llama_fused.bind({name: self._queued(fused[name]) for name in llama_fused.OP_NAMES}) if graphs
                         else llama.bind({name: self._queued(operations[name]) for name in llama.OP_NAMES}))
         self.argmax, self.sample = self._queued(operations["argmax"]), self._queued(operations["sample"])
+        self.take_sampled = self._queued(take_sampled_numpy)
+        self.pinned = pinned.PinnedPair(self.stream, 64)
 
     def _queued(self, operation):
         return lambda *arguments: self.stream.run(operation, arguments)
@@ -109,12 +135,19 @@ class HostBackend:
         view(destination)[row_offset:row_offset + len(rows)] = rows
 
     def upload(self, destination, host):
-        part = destination[:host.size].reshape(host.shape)
-        view(part)[...] = host
+        part, staged = destination[:host.size].reshape(host.shape), host.copy()  # as the driver does
+        self.stream.put(lambda: view(part).__setitem__(..., staged))
         return part
 
     def download(self, source):
+        self.stream.synchronize()
         return view(source).copy()
+
+    download_later = CUDABackend.download_later
+
+    @property
+    def _tokens(self):
+        return self.pinned
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +163,14 @@ def model(tmp_path_factory):
 @pytest.fixture
 def make_engine(model, monkeypatch):
     monkeypatch.setattr(cuda_graphs, "cuda", SimpleNamespace(current_context=lambda: None))
-    monkeypatch.setattr(cuda_graphs, "pinned_buffer", lambda size: (ctypes.c_char * size)())
+    monkeypatch.setattr(pinned, "pinned_buffer", lambda size: (ctypes.c_char * size)())
+    monkeypatch.setattr(pinned, "Event", HostEvent)
     config, weights = model
 
-    def make(graphs=True):
+    def make(graphs=True, ahead=False):
         runner = ModelRunner(config, weights, HostBackend(graphs), num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE,
                              max_model_len=64, max_num_seqs=4, max_num_batched_tokens=32)
+        runner.runs_ahead = ahead
         return LLMEngine(runner, vocab_size=config.vocab_size, eos_token_ids=(), num_blocks=NUM_BLOCKS,
                          block_size=BLOCK_SIZE, max_model_len=64, max_num_seqs=4, max_num_batched_tokens=32,
                          enable_prefix_caching=False)
@@ -263,3 +298,117 @@ def test_a_step_that_fails_is_not_taken_for_kept(make_engine, monkeypatch):
     np.testing.assert_array_equal(engine.runner.watch.is_kept, kept)
     run(engine)
     assert engine.runner.watch.is_kept[:len(PROMPTS["it"]) + 13].all()
+
+
+# ---- a step ahead ----
+
+SAMPLED = pytest.mark.parametrize("params", [dict(temperature=0), dict(temperature=0.9, seed=4)],
+                                  ids=["greedy", "sampled"])
+
+
+def busy(engine, count=14, **params):
+    """Requests that come and go: decode steps, mixed ones, rows that change their places. (tokens, outputs in order)"""
+    add(engine, ["it", "other"], count, **params)
+    most, order, tokens = 0, [], {}
+    for step in range(200):
+        if step == 4:
+            add(engine, ["third"], count - 5, **params)
+        if step == 7:
+            engine.add_request([4] * 20, SamplingParams(max_tokens=3, ignore_eos=True, **params), "short")
+        if not engine.has_unfinished_requests():
+            break
+        for output in engine.step():
+            order.append((output.request_id, len(output.outputs[0].token_ids)))
+            tokens[output.request_id] = output.outputs[0].token_ids
+        most = max(most, len(engine.pipeline.steps))
+    return tokens, order, most
+
+
+@SAMPLED
+def test_steps_ahead_give_the_tokens_of_steps_that_were_waited_for(make_engine, params):
+    plain, ahead = make_engine(), make_engine(ahead=True)
+    waited, ran_ahead = busy(plain, **params), busy(ahead, **params)
+    assert ran_ahead[0] == waited[0] and set(waited[0]) == {"it", "other", "third", "short"}
+    assert (waited[2], ran_ahead[2]) == (0, 1), "one never, the other always has a step under way"
+    assert sorted(ran_ahead[1]) == sorted(waited[1])
+
+
+@SAMPLED
+def test_steps_ahead_keep_what_a_watched_request_s_tokens_look_like(make_engine, params):
+    ahead, eager = make_engine(ahead=True), make_engine(graphs=False)
+    for engine in (ahead, eager):
+        engine.runner.watch = watch_of(engine, "it")
+    assert busy(ahead, **params)[0] == busy(eager, **params)[0]
+    assert_kept_alike(ahead.runner.watch, eager.runner.watch)
+    assert ahead.runner.watch.context == eager.runner.watch.context
+
+
+def test_a_request_that_ends_early_leaves_a_row_that_nobody_reads(make_engine):
+    plain = make_engine()
+    tokens = busy(plain, temperature=0)[0]
+    end = next(t for i, t in enumerate(tokens["other"]) if i > 3 and t not in tokens["other"][:i])
+    results = []
+    for ahead in (False, True):
+        engine = make_engine(ahead=ahead)
+        for name in ("it", "other"):
+            engine.add_request(PROMPTS[name], SamplingParams(temperature=0, max_tokens=14, stop_token_ids=(end,)), name)
+        results.append(run(engine))
+        assert engine.kv_cache_manager.pool.num_free_blocks == NUM_BLOCKS and not engine.pipeline.steps
+    assert results[0] == results[1] and results[0]["other"][-1] == end
+
+
+def test_the_logits_that_are_left_are_told_to_be_whose_they_are(make_engine):
+    """After settle() those of the last step; nobody's if a step ran that nobody needed."""
+    engine = make_engine(ahead=True)
+    add(engine, ["it", "other"])
+    for _ in range(4):
+        engine.step()
+    assert engine.runner.last_sampled == [], "another step is writing them"
+    engine.settle()
+    assert [request.request_id for request in engine.runner.last_sampled] == ["it", "other"]
+    end = run(make_alone(make_engine, "it"))["it"][5]
+    engine = make_engine(ahead=True)
+    engine.add_request(PROMPTS["it"], SamplingParams(temperature=0, max_tokens=14, stop_token_ids=(end,)), "it")
+    run(engine)
+    assert engine.runner.last_sampled == []
+
+
+def make_alone(make_engine, name):
+    engine = make_engine()
+    add(engine, [name], temperature=0)
+    return engine
+
+
+def test_pinned_memory_is_not_handed_out_before_its_copy_has_run(make_engine):
+    stream = HostStream()
+    pair, device = pinned.PinnedPair(stream, 3), np.zeros((6, 3), np.int32)
+    for i in range(6):  # nobody waits for any of them
+        buffer = pair.take()
+        buffer.array[:] = i + 1
+        stream.copy_to_device(device[i].ctypes.data, buffer.array.ctypes.data, 12)
+        buffer.copying()
+        assert len(stream.queue) <= 2, "held up more than it has to be"
+    stream.synchronize()
+    assert device.tolist() == [[i + 1] * 3 for i in range(6)]
+
+
+def test_an_abandoned_step_s_memory_is_not_written_before_its_copies_have_run(make_engine):
+    """Interrupted while it waits, again and again: what is on the stream then still runs, with its own inputs."""
+    engine, plain = make_engine(ahead=True), make_engine()
+    for one in (engine, plain):
+        add(one, ["it", "other", "third"], temperature=0)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    tokens = {}
+    for i in range(60):
+        if not engine.has_unfinished_requests():
+            break
+        if engine.pipeline.steps and i % 3 == 1:
+            engine.pipeline.steps[0].wait = interrupted
+        try:
+            tokens.update({o.request_id: o.outputs[0].token_ids for o in engine.step()})
+        except KeyboardInterrupt:
+            assert not engine.pipeline.steps
+    assert tokens == run(plain)

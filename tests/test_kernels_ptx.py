@@ -34,7 +34,7 @@ from tinyvllm.kernels import (  # noqa: E402
 )
 from tinyvllm.kernels.attention import combine, decode, decode_simple, pool, prefill, prefill_simple  # noqa: E402
 from tinyvllm.kernels.attention import rows as attention_rows  # noqa: E402
-from tinyvllm.kernels.fused import greedy, rope_write, rows  # noqa: E402
+from tinyvllm.kernels.fused import greedy, rope_write, rows, take_sampled  # noqa: E402
 from tinyvllm.kernels.gemm import cublas, few_rows, gemv, naive, skinny, tensor_core, tiled, wgmma  # noqa: E402
 
 CAPABILITIES = [(8, 0), (9, 0)]
@@ -86,6 +86,7 @@ POINTWISE = {"gather_rows": lambda d: rows.gather_rows_kernel(2048, d),
              "norm": lambda d: rows.norm_rows_kernel(2048, d),
              "norm_200": lambda d: rows.norm_rows_kernel(200, d), "gate_rows": lambda d: rows.gate_rows_kernel(8192, d),
              "add_rows": lambda d: rows.add_rows_kernel(2048, d),
+             "take_sampled": lambda d: take_sampled.take_sampled_kernel(d),
              "keep_rows": lambda d: rows.keep_rows_kernel(2048, d),
              "keep_rows_200": lambda d: rows.keep_rows_kernel(200, d, 75),
              **{f"rope_write_{n}": lambda d, n=n: rope_write.rope_write_kernel(n, d) for n in (32, 64, 80, 128)},

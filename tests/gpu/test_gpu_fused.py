@@ -6,7 +6,9 @@ import pytest
 from tests.forward_case import forward_case, run_forward
 from tests.kernel_cases import assert_close, attention_case, fresh_rng, poisoned, random_bf16, sampling_case, ulps
 from tinyvllm.kernels import cuda_support
+from tinyvllm.kernels.argmax import argmax_numpy
 from tinyvllm.kernels.fused import numpy_twin
+from tinyvllm.kernels.fused.take_sampled import take_sampled_numpy
 from tinyvllm.model import llama, llama_fused
 
 pytestmark = [pytest.mark.gpu,
@@ -42,7 +44,7 @@ def run_both(fused, name, outs, *arguments):
     getattr(fused, name)(*device_outs, *(to_device(x) if isinstance(x, np.ndarray) else x for x in arguments))
     fused.stream.synchronize()
     host_outs = [x.copy() for x in outs]
-    twins = {**numpy_twin.OPS, "argmax": __import__("tinyvllm.kernels.argmax", fromlist=["x"]).argmax_numpy}
+    twins = {**numpy_twin.OPS, "argmax": argmax_numpy, "take_sampled": take_sampled_numpy}
     twins[name](*host_outs, *(x.copy() if isinstance(x, np.ndarray) else x for x in arguments))
     return [x.copy_to_host() for x in device_outs], host_outs
 
@@ -129,6 +131,16 @@ def test_keep_rows(rng, fused, rows, width, pitch):
     positions[rng.random(rows) < 0.5] = -1
     for kept_at in (positions, np.full(rows, -1, np.int32), positions[:0]):
         (got,), (expected,) = run_both(fused, "keep_rows", (kept,), 1, source, kept_at)
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 255, 256, 300])
+def test_take_sampled(rng, fused, rows):
+    ids, sampled = rng.integers(0, 1000, rows).astype(np.int32), rng.integers(0, 1000, rows).astype(np.int32)
+    late = rng.random(rows) < 0.5
+    ids[late] = -1 - rng.permutation(rows)[late]
+    for some in (ids, np.abs(ids), np.full(rows, -rows, np.int32)):
+        (got,), (expected,) = run_both(fused, "take_sampled", (some.astype(np.int32),), sampled)
         np.testing.assert_array_equal(got, expected)
 
 

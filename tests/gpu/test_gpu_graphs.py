@@ -29,8 +29,8 @@ def folder(tmp_path_factory):
 
 
 def make_llm(folder, **options):
-    return LLM(folder, device="cuda", use_tqdm=False, skip_tokenizer_init=True, num_blocks=400, max_num_seqs=40,
-               max_num_batched_tokens=512, max_model_len=512, **options)
+    return LLM(folder, device="cuda", use_tqdm=False, skip_tokenizer_init=True, **{
+        "num_blocks": 400, "max_num_seqs": 40, "max_num_batched_tokens": 512, "max_model_len": 512, **options})
 
 
 def prompts(rng, count):
@@ -50,6 +50,58 @@ def test_replayed_steps_give_the_tokens_of_launched_ones(folder, count, temperat
     launched = make_llm(folder)
     launched.runner._graphs = None
     assert replayed == [o.outputs[0].token_ids for o in launched.generate(wanted, params)]
+
+
+def serve_in_waves(llm, ahead, wanted, temperature):
+    """A request every third step, every other one with tokens that end it: their tokens by number."""
+    llm.runner.runs_ahead = ahead
+    tokens, most, step = {}, 0, 0
+    while step < 3 * len(wanted) or llm.engine.has_unfinished_requests():
+        if step % 3 == 0 and step < 3 * len(wanted):
+            i = step // 3
+            params = SamplingParams(temperature=temperature, max_tokens=20 + 3 * (i % 20), seed=i, ignore_eos=True,
+                                    stop_token_ids=range(5, 105) if i % 2 else ())
+            llm.engine.add_request(wanted[i], params, str(i))
+        tokens.update({output.request_id: output.outputs[0].token_ids for output in llm.engine.step()})
+        most = max(most, len(llm.engine.pipeline.steps))
+        step += 1
+    assert most == ahead and len(tokens) == len(wanted)
+    llm.engine.kv_cache_manager.check()
+    assert llm.engine.stats.num_free_blocks == llm.engine.stats.num_blocks
+    return tokens
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_steps_ahead_give_the_tokens_of_steps_that_were_waited_for(folder, temperature):
+    """Prompts of one token and one bucket: then every step is replayed, and no token depends on who else is in it."""
+    wanted = [[int(token)] for token in fresh_rng().integers(0, 370, 60)]
+    results = []
+    for ahead in (False, True):
+        llm = make_llm(folder)
+        llm.runner._graphs.buckets = llm.runner._graphs.buckets[-1:]
+        results.append(serve_in_waves(llm, ahead, wanted, temperature))
+    assert results[0] == results[1]
+    assert len({len(tokens) for name, tokens in results[0].items() if int(name) % 2}) > 5, "hardly one ended early"
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_steps_ahead_of_a_batch_that_comes_at_once(folder, temperature):
+    """The same steps then, prompts and all: the same bits."""
+    wanted, results = prompts(fresh_rng(), 40), []
+    params = SamplingParams(temperature=temperature, max_tokens=60, ignore_eos=True, seed=3 if temperature else None)
+    for ahead in (False, True):
+        llm = make_llm(folder)
+        llm.runner.runs_ahead = ahead
+        results.append([output.outputs[0].token_ids for output in llm.generate(wanted, params)])
+    assert results[0] == results[1]
+
+
+def test_steps_ahead_with_preemption_and_chunks_lose_nothing(folder):
+    llm = make_llm(folder, num_blocks=60, max_num_batched_tokens=64)
+    wanted = prompts(fresh_rng(), 40)
+    tokens = serve_in_waves(llm, True, wanted, 0)
+    assert all(len(tokens[str(i)]) == 20 + 3 * (i % 20) for i in range(0, 40, 2))
+    assert llm.engine.stats.num_preemptions > 0
 
 
 def test_a_step_asked_to_be_eager_is_and_agrees(folder):

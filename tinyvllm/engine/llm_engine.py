@@ -146,8 +146,8 @@ class LLMEngine:
         interrupt from the keyboard, come with the next step.
         """
         pipeline = self.pipeline
-        # A step ahead hides the making of outputs; a runner that can only begin one hides it behind the next step, but a
-        # listener is told things in their order.
+        # A step ahead hides the making of outputs; a runner that can only begin one hides it behind the next step, but
+        # a listener is told things in their order.
         overlap = pipeline.begin is not None and not pipeline.runs_ahead and self.events is None
         if not overlap:
             self._emit_new_tokens()  # none, unless the step before was interrupted

@@ -110,7 +110,7 @@ class Pipeline:
         self.steps.popleft()
 
     def promote(self) -> None:
-        """What the step before meant for others has been told: tell that the one behind it runs, if anybody needs it."""
+        """All of the step before has been told: now that the one behind it runs, if anybody needs it."""
         if self.steps and not self.steps[0].begun_ns:
             if self.steps[0].is_wanted():
                 self._tell_begun(self.steps[0])

@@ -51,7 +51,7 @@ class Request:
         self.token_ids = list(prompt_token_ids)  # prompt, then output
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
-        self.num_pending = 0  # tokens that steps under way will have sampled: their number is known, not yet what they are
+        self.num_pending = 0  # tokens that steps under way sample: how many is known, not yet which
         self.max_len = max_len
         if params.max_tokens is not None:
             self.max_len = min(max_len, self.num_prompt_tokens + params.max_tokens)

@@ -123,10 +123,14 @@ class Event:
     def record(self, stream: Stream) -> None:
         check(driver().cuEventRecord(self.handle, stream.handle), "recording an event")
 
+    def synchronize(self) -> None:
+        """Wait until what was on the stream before it has run."""
+        check(driver().cuEventSynchronize(self.handle), "the work of a step")
+
     def milliseconds_since(self, earlier: "Event") -> float:
         """Waits for this event."""
         elapsed = ctypes.c_float()
-        check(driver().cuEventSynchronize(self.handle), "waiting for an event")
+        self.synchronize()
         check(driver().cuEventElapsedTime(byref(elapsed), earlier.handle, self.handle), "reading an event")
         return elapsed.value
 

@@ -9,7 +9,7 @@
     logits_indices   [ 0, 3 ]                        each request's last row, if a token is to be sampled
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,8 +32,13 @@ class BatchBuilder:
         self.device = {name: allocate((size,), np.int32) for name, size in sizes.items()}
         self._upload = upload
 
-    def build(self, output: SchedulerOutput, watch: Watch = NOT_WATCHED) -> Batch:
-        """The step's Batch, on the device. watch: what to keep of it, its positions on the host."""
+    def build(self, output: SchedulerOutput, watch: Watch = NOT_WATCHED,
+              decode_ids: Sequence[int] | None = None) -> Batch:
+        """The step's Batch, on the device.
+
+        watch: what to keep of it, its positions on the host. decode_ids: the tokens of those that have one to compute,
+        if they are to be others than the requests' own.
+        """
         host = self.host
         block_size = self.block_size
         width = max(len(s.block_ids) for s in output.scheduled)
@@ -48,7 +53,7 @@ class BatchBuilder:
             host["seq_lens"][i] = stop
             host["query_start_loc"][i] = row
             if count == 1:
-                host["input_ids"][row] = scheduled.request.token_ids[start]
+                host["input_ids"][row] = scheduled.request.token_ids[start] if decode_ids is None else decode_ids[i]
                 host["positions"][row] = start
                 host["slot_mapping"][row] = scheduled.block_ids[start // block_size] * block_size + start % block_size
             else:

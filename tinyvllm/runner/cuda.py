@@ -1,6 +1,7 @@
 """An NVIDIA GPU as a backend: device memory and numba.cuda kernels, launched one by one or fused and replayed."""
 
 import contextlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from tinyvllm.kernels import cuda_backend
 from tinyvllm.kernels.cuda_support import cuda, require_cuda, simulated
 from tinyvllm.kernels.device_array import DeviceArray, over_numba_arrays
 from tinyvllm.model import llama
+from tinyvllm.runner.pinned import PinnedPair
 from tinyvllm.units import format_bytes
 
 _CUDA_ERROR_OUT_OF_MEMORY = 2
@@ -29,6 +31,7 @@ class CUDABackend:
     def __init__(self, enforce_eager: bool = False):
         require_cuda()
         operations = cuda_backend.chosen_operations()
+        self._tokens: PinnedPair | None = None  # see download_later
         self.fused = None  # the fused operations, if this backend has them; then arrays are DeviceArrays
         if enforce_eager or simulated() or cuda_backend.linear_was_chosen():
             self._bind(operations)
@@ -59,7 +62,7 @@ class CUDABackend:
             if logits.shape[0]:
                 (eager_argmax if logits.shape[1] % 8 else fused.argmax)(ids, logits)
 
-        self.forward, self.argmax = forward, argmax
+        self.forward, self.argmax, self.take_sampled = forward, argmax, fused.take_sampled
 
     def decode_graphs(self, runner):
         """What replays decode steps of a model runner, or None if they have to be launched one by one."""
@@ -135,6 +138,20 @@ class CUDABackend:
         self.fused.stream.copy_to_host(host.ctypes.data, source.address, host.nbytes)
         self.fused.stream.synchronize()
         return host
+
+    def download_later(self, source) -> Callable[[], np.ndarray]:
+        """Put a copy of int32 numbers to the host on the stream; returns what waits for it and gives them."""
+        if self._tokens is None or self._tokens.count < source.size:
+            self._tokens = PinnedPair(self.fused.stream, max(1024, 2 * source.size))
+        pinned = self._tokens.take()
+        self.fused.stream.copy_to_host(pinned.array.ctypes.data, source.address, source.nbytes)
+        pinned.copying()
+
+        def wait() -> np.ndarray:
+            pinned.wait()
+            return pinned.array[:source.size]
+
+        return wait
 
     def exclusive(self):
         return contextlib.nullcontext()  # one stream: one operation after the other

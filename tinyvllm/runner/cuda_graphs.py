@@ -2,10 +2,13 @@
 
 A graph is a fixed list of launches with fixed addresses and sizes, so
 
-    - inputs live at fixed places: one pinned host buffer, one device buffer, one copy a step
+    - inputs live at fixed places: a pinned host buffer (two in turn), one device buffer, one copy a step
     - the number of requests is rounded up to a bucket. Rows beyond the real ones have no context and no slot (their
       results are not read, and no kernel mixes rows)
     - block tables have the width of a bucket too: attention's grid is made for the longest context in it
+
+A step can be begun while the one before it runs: input_ids that only the GPU knows yet are named by their rows in what
+it has sampled last, and every graph begins by looking them up (kernels/fused/take_sampled.py).
 
 A graph is captured when its pair of buckets first comes up: that step is launched one by one, and recorded for the
 next time. What is captured is model/llama_fused.py itself; there is no second copy of the model here. A step with a
@@ -25,8 +28,8 @@ from tinyvllm.engine.scheduler import SchedulerOutput
 from tinyvllm.kernels.attention.decode import SPLIT
 from tinyvllm.kernels.cuda_support import ceil_div, cuda
 from tinyvllm.kernels.device_array import DeviceArray
-from tinyvllm.kernels.driver import pinned_buffer
 from tinyvllm.model.llama import NOT_WATCHED, Batch, Watch
+from tinyvllm.runner.pinned import Pinned, PinnedPair
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # numbers of requests
 COLUMNS = ("input_ids", "positions", "slot_mapping", "seq_lens", "watch_positions")
@@ -49,39 +52,34 @@ class DecodeGraphs:
         self.buckets = sorted({min(bucket, most) for bucket in buckets if bucket < most + 64})
         self.max_blocks = runner.max_blocks
         size = self.buckets[-1] * (len(COLUMNS) + self._width(self.max_blocks))
-        self._pinned = np.frombuffer(pinned_buffer(4 * size), np.int32)
+        self._inputs = PinnedPair(self.stream, size)
         self._device = backend.empty((size,), np.int32)
-        self._indices = backend.empty((self.buckets[-1],), np.int32)
-        backend.put(self._indices, 0, np.arange(self.buckets[-1], dtype=np.int32))
-        self._tokens = np.frombuffer(pinned_buffer(4 * self.buckets[-1]), np.int32)
+        self._indices = backend.empty((self.buckets[-1] + 1,), np.int32)
+        backend.put(self._indices, 0, np.arange(self.buckets[-1] + 1, dtype=np.int32))
         self._graphs: dict[tuple[int, int, bool, bool], Any] = {}  # requests, width, greedy, watched
         self._kept_in: tuple | None = None  # the memory that graphs of watched steps were captured for
         self.last_graph = None  # that was replayed, for measurements
-        self._under_way = False  # a step was begun and not waited for
-        self._shape = (0, 0)  # the pair of buckets that the pinned buffer is laid out for
-        self._rows: list[tuple[Any, int]] = []  # whose block table each row of it holds, and of how many blocks
 
     def can_run(self, output: SchedulerOutput) -> bool:
         return 0 < output.num_decodes == len(output.scheduled) <= self.buckets[-1] and all(
             scheduled.sample for scheduled in output.scheduled)
 
-    def begin(self, output: SchedulerOutput, watch: Watch = NOT_WATCHED) -> Callable[[], dict[str, int]]:
-        """Start the step; returns what waits for it and gives request_id -> token.
+    def begin(self, output: SchedulerOutput, watch: Watch = NOT_WATCHED) -> Callable[[], list[int]]:
+        """Start the step; returns what waits for it and gives a token for each of output.scheduled.
 
         watch: what to keep of the step, its positions on the host.
         """
         cuda.current_context()
-        if self._under_way:  # nobody waited for the step before: its copies may not have run
-            self.stream.synchronize()
         scheduled = output.scheduled
         count = len(scheduled)
         bucket = next(bucket for bucket in self.buckets if bucket >= count)
         width = self._width(max(len(s.block_ids) for s in scheduled))
-        requests = [s.request for s in scheduled]
-        greedy = not any(request.params.temperature for request in requests)
+        greedy = not any(s.request.params.temperature for s in scheduled)
         watched = self._prepare_to_keep(watch)
-        used = self._fill(scheduled, watch, bucket, width)
-        self.stream.copy_to_device(self._device.address, self._pinned.ctypes.data, 4 * used)
+        inputs = self._inputs.take()
+        used = self._fill(inputs, scheduled, watch, bucket, width)
+        self.stream.copy_to_device(self._device.address, inputs.array.ctypes.data, 4 * used)
+        inputs.copying()
 
         key = bucket, width, greedy, watched
         graph = self._graphs.get(key)
@@ -94,17 +92,9 @@ class DecodeGraphs:
             with self.stream.capture() as captured:
                 self._launch(batch, greedy)
             self._graphs[key] = captured.graph
-        tokens = self.runner.token_ids if greedy else self.runner.sample(requests)
-        self.stream.copy_to_host(self._tokens.ctypes.data, tokens.address, 4 * count)
-        self._under_way = True
-
-        def wait() -> dict[str, int]:
-            self.stream.synchronize()
-            self._under_way = False
-            self.runner.last_sampled = requests
-            return {request.request_id: token for request, token in zip(requests, self._tokens[:count].tolist())}
-
-        return wait
+        tokens = self.runner.token_ids[:count] if greedy else self.runner.sample(scheduled)
+        download = self.backend.download_later(tokens)
+        return lambda: download().tolist()
 
     # ---- details ----
 
@@ -123,18 +113,22 @@ class DecodeGraphs:
             self._graphs = {key: graph for key, graph in self._graphs.items() if not key[3]}
         return True
 
-    def _fill(self, scheduled: list, watch: Watch, bucket: int, width: int) -> int:
-        """Write the step's inputs into the pinned buffer; returns how many numbers."""
+    def _fill(self, inputs: Pinned, scheduled: list, watch: Watch, bucket: int, width: int) -> int:
+        """Write the step's inputs into a pinned buffer; returns how many numbers.
+
+        Of the buffer: shape is the pair of buckets that it is laid out for, rows are (whose block table a row holds, of
+        how many blocks).
+        """
         count, block_size = len(scheduled), self.block_size
         first_table = len(COLUMNS) * bucket
-        columns = self._pinned[:first_table].reshape(len(COLUMNS), bucket)
-        tables = self._pinned[first_table:first_table + bucket * width].reshape(bucket, width)
-        if self._shape != (bucket, width):
-            self._shape, self._rows = (bucket, width), []
+        columns = inputs.array[:first_table].reshape(len(COLUMNS), bucket)
+        tables = inputs.array[first_table:first_table + bucket * width].reshape(bucket, width)
+        if inputs.shape != (bucket, width):
+            inputs.shape, inputs.rows = (bucket, width), []
             columns[:] = 0
             tables[:] = 0
         starts = [s.start for s in scheduled]
-        columns[0, :count] = [s.request.token_ids[s.start] for s in scheduled]
+        columns[0, :count] = self.runner.input_ids(scheduled)
         columns[1, :count] = starts
         columns[2, :count] = [s.block_ids[start // block_size] * block_size + start % block_size
                               for s, start in zip(scheduled, starts)]
@@ -142,7 +136,7 @@ class DecodeGraphs:
         columns[2, count:], columns[3, count:] = -1, 0  # rows that are not there: no slot, no context
         if watch.positions.shape[0]:
             columns[4, :count], columns[4, count:] = watch.positions, -1
-        rows = self._rows
+        rows = inputs.rows
         for i, s in enumerate(scheduled):  # a table only grows, in its own list: most are what they were a step ago
             blocks = s.block_ids
             if i < len(rows) and rows[i][0] is blocks:
@@ -169,11 +163,12 @@ class DecodeGraphs:
         if watch.positions.shape[0]:
             watch = watch._replace(positions=positions)
         return Batch(**columns, block_tables=part(len(COLUMNS) * bucket, bucket, width),
-                     query_start_loc=self._indices, logits_indices=self._indices[:bucket], num_decodes=bucket,
-                     watch=watch)
+                     query_start_loc=self._indices[:bucket + 1], logits_indices=self._indices[:bucket],
+                     num_decodes=bucket, watch=watch)
 
     def _launch(self, batch: Batch, greedy: bool) -> None:
         runner = self.runner
+        self.backend.take_sampled(batch.input_ids, runner.token_ids)
         self.backend.forward(runner.weights, runner.kv_cache, batch, runner.buffers, runner.dims)
         if greedy:
             bucket = batch.num_decodes

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tinyvllm.engine.scheduler import SchedulerOutput
+from tinyvllm.engine.scheduler import ScheduledRequest, SchedulerOutput
 from tinyvllm.model.config import ModelConfig
 from tinyvllm.model.llama import NOT_WATCHED, Buffers, Dims, KVCache, Watch, Weights
 from tinyvllm.runner.backend import Backend
@@ -41,6 +41,11 @@ class ModelRunner:
         self.watch: RequestWatch | None = None  # keeps what one request's tokens look like on their way
         self.profiler = None  # has a backend's forward, argmax and sample, for the next step only, and `finish`
         self.last_sampled: list = []  # the requests whose logits are in buffers.logits, row by row
+        # Whether a step can be begun before the one before it has been waited for (engine/pipeline.py). The GPU's side
+        # of it is there and tested on a stand-in, and stays off until it has been measured on a GPU.
+        self.runs_ahead = False
+        self._sampled: list = []  # the requests of the step that was begun last, as their rows in token_ids
+        self._num_begun = 0
         self.eager = False  # launch the operations of model/llama.py one by one, also where there is a faster way
         if getattr(backend, "fused", None) is not None:
             self.begin = self._begin  # launches return before the work is done: see LLMEngine.step
@@ -51,58 +56,92 @@ class ModelRunner:
         return self._begin(output)()
 
     def _begin(self, output: SchedulerOutput) -> Callable[[], dict[str, int]]:
-        """Start a step; returns what waits for it and gives execute's answer. One step at a time."""
+        """Start a step; returns what waits for it and gives execute's answer.
+
+        Another may be begun before it is waited for, if arrays are on a GPU: what it needs of this one is taken there.
+        """
         self.last_sampled = []
-        watch = self.watch
+        self._num_begun += 1
+        watch, number = self.watch, self._num_begun
         keep = NOT_WATCHED if watch is None else watch.enter(output)
+        watched = None if watch is None else (watch.request, watch.step)
+        requests = [scheduled.request for scheduled in output.scheduled if scheduled.sample]
         looked_at = self.eager or self.profiler is not None
         if self._graphs is not None and not looked_at and self._graphs.can_run(output):
             finish = self._graphs.begin(output, keep)
         else:
             finish = self._launch(output, keep)
+        self._sampled = requests
 
         def wait() -> dict[str, int]:
             tokens = finish()
             if watch is not None:
-                watch.leave()
-            return tokens
-
-        return wait
-
-    def _launch(self, output: SchedulerOutput, keep: Watch) -> Callable[[], dict[str, int]]:
-        """Start a step that is not replayed; returns as _begin."""
-        batch = self.builder.build(output, keep)
-        profiler, self.profiler = self.profiler, None
-        compute = self.backend if profiler is None else profiler
-        forward = getattr(self.backend, "eager_forward", compute.forward) if self.eager else compute.forward
-        forward(self.weights, self.kv_cache, batch, self.buffers, self.dims)
-        requests = [scheduled.request for scheduled in output.scheduled if scheduled.sample]
-        token_ids = self.sample(requests, compute) if requests else None
-
-        def wait() -> dict[str, int]:
-            tokens = self.backend.download(token_ids).tolist() if requests else []
-            self.last_sampled = requests
-            if profiler is not None:
-                profiler.finish(batch)
+                watch.leave(*watched)
+            if number == self._num_begun:  # else the logits are already another step's
+                self.last_sampled = requests
             return {request.request_id: token for request, token in zip(requests, tokens)}
 
         return wait
 
-    def sample(self, requests, compute=None):
+    def input_ids(self, scheduled: list[ScheduledRequest]) -> list[int]:
+        """The token that each of these has to compute, of those with one; -1 - row for one that only the device knows:
+        the step that was begun last has sampled it in that row."""
+        rows: dict[str, int] | None = None
+        ids = []
+        for i, s in enumerate(scheduled):
+            token_ids, start = s.request.token_ids, s.start
+            if start < len(token_ids):
+                ids.append(token_ids[start])
+            elif i < len(self._sampled) and self._sampled[i] is s.request:  # nearly always: the same batch again
+                ids.append(-1 - i)
+            else:
+                if rows is None:
+                    rows = {request.request_id: row for row, request in enumerate(self._sampled)}
+                ids.append(-1 - rows[s.request.request_id])
+        return ids
+
+    def _launch(self, output: SchedulerOutput, keep: Watch) -> Callable[[], list[int]]:
+        """Start a step that is not replayed; returns what waits for what it samples, row by row."""
+        ids = self.input_ids(output.scheduled[:output.num_decodes])
+        batch = self.builder.build(output, keep, ids)
+        if min(ids, default=0) < 0:
+            self.backend.take_sampled(batch.input_ids, self.token_ids)
+        profiler, self.profiler = self.profiler, None
+        compute = self.backend if profiler is None else profiler
+        forward = getattr(self.backend, "eager_forward", compute.forward) if self.eager else compute.forward
+        forward(self.weights, self.kv_cache, batch, self.buffers, self.dims)
+        sampled = [scheduled for scheduled in output.scheduled if scheduled.sample]
+        download = self._download(self.sample(sampled, compute)) if sampled else None
+
+        def wait() -> list[int]:
+            tokens = download().tolist() if sampled else []
+            if profiler is not None:
+                profiler.finish(batch)
+            return tokens
+
+        return wait
+
+    def _download(self, token_ids) -> Callable[[], np.ndarray]:
+        if hasattr(self, "begin"):
+            return self.backend.download_later(token_ids)
+        return lambda: self.backend.download(token_ids)
+
+    def sample(self, sampled: list[ScheduledRequest], compute=None):
         """The next tokens of requests whose logits are the first rows of the buffer, on the device."""
         compute = self.backend if compute is None else compute
-        num = len(requests)
+        num = len(sampled)
         token_ids, logits = self.token_ids[:num], self.buffers.logits[:num]
-        if all(request.params.temperature == 0 for request in requests):
+        if all(scheduled.request.params.temperature == 0 for scheduled in sampled):
             compute.argmax(token_ids, logits)
             return token_ids
         host = self._sampling_host
-        for i, request in enumerate(requests):
+        for i, scheduled in enumerate(sampled):
+            request = scheduled.request
             host["temperature"][i] = request.params.temperature
             host["top_k"][i] = request.params.top_k
             host["top_p"][i] = request.params.top_p
             host["seed"][i] = request.seed
-            host["position"][i] = request.num_tokens  # the position that the new token will take
+            host["position"][i] = scheduled.start + scheduled.num_scheduled_tokens  # the one that the new token takes
         device = {name: self.backend.upload(self._sampling_device[name], host[name][:num]) for name in host}
         compute.sample(token_ids, logits, device["temperature"], device["top_k"], device["top_p"],
                        device["seed"], device["position"])

@@ -22,8 +22,8 @@ from tinyvllm.runner.backend import Backend
 class RequestWatch:
     """Keeps query vectors and residual stream of the tokens of request `request_id` below position max_tokens.
 
-    A ModelRunner calls `enter` before a step and `leave` after it. Its device arrays stay where they are:
-    graphs refer to them. Raises OutOfDeviceMemoryError when made.
+    A ModelRunner calls `enter` before a step and `leave` after it; another may be entered in between. Its device arrays
+    stay where they are: graphs refer to them. Raises OutOfDeviceMemoryError when made.
     """
 
     def __init__(self, request_id: str, max_tokens: int, dims: Dims, hidden_size: int, backend: Backend):
@@ -40,11 +40,11 @@ class RequestWatch:
         self.block_ids: list[int] = []
         self._block_number: dict[int, int] = {}  # block_id -> its number in the request
         self.overwritten: dict[int, str] = {}  # number of a block -> the request that has written into it since
-        self._step: tuple[int, int] | None = None  # first and last + 1 of the positions that a step is computing
+        self.step: tuple[int, int] | None = None  # first and last + 1 of its positions in the step entered last
 
     def enter(self, output: SchedulerOutput) -> Watch:
         """Which rows of a step to keep, and where; NOT_WATCHED if none. Its `positions` are on the host."""
-        row, self._step = 0, None
+        row, self.step = 0, None
         for scheduled in output.scheduled:
             if scheduled.request.request_id == self.request_id:
                 break
@@ -61,8 +61,8 @@ class RequestWatch:
             self._block_number = {block_id: number for number, block_id in enumerate(self.block_ids)}
         self.overwritten = {}
         self.context = start = scheduled.start
-        self._step = start, start + scheduled.num_scheduled_tokens
-        num_kept = min(self._step[1], self.max_tokens) - start
+        self.step = start, start + scheduled.num_scheduled_tokens
+        num_kept = min(self.step[1], self.max_tokens) - start
         if num_kept < 1:
             return NOT_WATCHED
         positions = np.full(output.total_num_scheduled_tokens, -1, np.int32)
@@ -72,10 +72,10 @@ class RequestWatch:
             positions[row:row + num_kept] = np.arange(start, start + num_kept)
         return Watch(self.queries, self.residual, positions)
 
-    def leave(self) -> None:
-        """The step has run: what it computed is there."""
-        if self._step is not None:
-            first, self.context = self._step
+    def leave(self, request: Request | None, step: tuple[int, int] | None) -> None:
+        """A step has run: what it computed is there. request, step: what they were when it was entered."""
+        if step is not None and request is self.request:
+            first, self.context = step
             self.is_kept[first:self.context] = True
 
     def _note_overwritten(self, scheduled: ScheduledRequest) -> None:

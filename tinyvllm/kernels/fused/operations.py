@@ -25,7 +25,7 @@ from tinyvllm.kernels.attention.decode_simple import STATISTICS
 from tinyvllm.kernels.attention.prefill_simple import num_tiles as prefill_tiles
 from tinyvllm.kernels.cuda_support import ceil_div, compute_capability, cuda, pointer
 from tinyvllm.kernels.driver import Stream
-from tinyvllm.kernels.fused import greedy, rope_write, rows
+from tinyvllm.kernels.fused import greedy, rope_write, rows, take_sampled
 from tinyvllm.kernels.fused.tensor_maps import TensorMaps
 from tinyvllm.kernels.gemm import few_rows, skinny, tensor_core, wgmma
 
@@ -167,6 +167,12 @@ class FusedOperations:
             kernel = rows.keep_rows_kernel(width, self.dependent, self._shared_percent(num_rows))
             self._run(kernel, (num_rows, rows.column_blocks(width), 1), rows.THREADS, 0, kept[layer].address,
                       source.address, positions.address, source.shape[1])
+
+    def take_sampled(self, input_ids, sampled) -> None:
+        """As take_sampled_numpy."""
+        count = input_ids.shape[0]
+        self._run(take_sampled.take_sampled_kernel(self.dependent), (ceil_div(count, take_sampled.THREADS), 1, 1),
+                  take_sampled.THREADS, 0, input_ids.address, sampled.address, count)
 
     def argmax(self, ids, logits) -> None:
         """As argmax_numpy; the vocabulary a multiple of 8."""
