@@ -13,7 +13,7 @@ help:
 	@echo "make test       set up, then all tests (no GPU needed)"
 	@echo "make bench      CPU speed at the Llama-3.2-1B shape"
 	@echo "make feed-bench what the live panels cost the engine, in a real JupyterLab"
-	@echo "make gpu-bench  GPU speed at the Llama-3.2-1B shape, with the limits of the same GPU"
+	@echo "make gpu-bench  GPU speed at the Llama-3.2-1B shape, with the limits of the same GPU (about eight minutes)"
 	@echo "make gpu-test   the tests that need an NVIDIA GPU"
 	@echo "make clean      remove the virtual environment"
 
@@ -57,7 +57,8 @@ feed-bench: $(VENV)/.test $(VENV)/.browser
 	$(BIN)/python -m tests.browser.feed_budget
 
 gpu-bench: $(VENV)/.cuda
-	$(BIN)/python -m tinyvllm.bench.gpu --json tinyvllm/bench/results/gpu_llama_1b.json
+	$(BIN)/python -m tinyvllm.bench.gpu --processes 3 --json tinyvllm/bench/results/gpu_llama_1b.json
+	$(BIN)/python -m tinyvllm.bench.plot
 
 gpu-test: $(VENV)/.cuda
 	$(BIN)/python -m pytest -m gpu tests/gpu

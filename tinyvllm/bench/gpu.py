@@ -1,180 +1,170 @@
-"""Speed of the CUDA backend at the Llama-3.2-1B shape, with random weights, beside the limits of the same GPU.
+"""Speed of the CUDA backend at the Llama-3.2-1B shape, random weights, beside what the same GPU could do at most.
 
-    python -m tinyvllm.bench.gpu                       everything (about a minute and 20 GB of GPU memory)
-    python -m tinyvllm.bench.gpu --only decode,ttft    some of it: decode, ttft, served, workload, prefill, kernels
-    python -m tinyvllm.bench.gpu --json out.json       every figure, with hardware and versions
+Where torch is there, cuBLAS and cuDNN run the same work in the same process.
 
-Requests go through the whole engine except text: scheduler, cache, batches, sampling (greedy). `served` is N requests
-of 128 random tokens, 128 tokens out, from the first request in to the last token out; `workload` is 256 requests of
-100 to 1024 tokens in and out, drawn with seed 0. Figures are medians over rounds. Kernels are timed in graphs of many
-launches over different layers' weights, so that nothing is read from the caches twice.
+    python -m tinyvllm.bench.gpu --processes 3 --json out.json     everything, in three processes one after the other
+    python -m tinyvllm.bench.gpu --only decode,ttft                some of it (see PARTS and "start")
+
+Each process is a fresh one. Its parts stand alone: what fails in one is noted, and the next begins; if the GPU or the
+process is lost with it, the parts that are left run in another process. A part that hangs is ended at its limit.
+Figures are written as they come, to out.json.*partial, and become out.json at the end. About 20 GB of GPU memory.
 """
 
 import argparse
 import json
-import random
-import statistics
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
 
-import numpy as np
-
-from tinyvllm import SamplingParams
+from tinyvllm.bench import gpu_start
 from tinyvllm.bench.cpu import LLAMA_3_2_1B
-from tinyvllm.bench.environment import describe_environment
-from tinyvllm.bench.gpu_kernels import graph_times, measure_kernels
-from tinyvllm.engine.llm_engine import LLMEngine
-from tinyvllm.kernels.cuda_support import cuda, require_cuda
-from tinyvllm.model.config import ModelConfig
-from tinyvllm.runner.cuda import CUDABackend
-from tinyvllm.runner.model_runner import ModelRunner
-from tinyvllm.runner.weights import WeightStore
+from tinyvllm.bench.gpu_model import BLOCK_SIZE, MAX_MODEL_LEN, Bench
+from tinyvllm.bench.gpu_parts import PARTS, measure, short
+from tinyvllm.bench.gpu_report import complete, rounded, write_results
+from tinyvllm.bench.gpu_tables import report
 
-BLOCK_SIZE, MAX_MODEL_LEN = 16, 8192
-MAX_NUM_SEQS, MAX_TOKENS, NUM_BLOCKS = 256, 16384, 20480
-FLOOR = {"decode, batch 1 (tokens/s)": 1100, "TTFT, 32 tokens (ms)": 5, "served, batch 8 (tokens/s)": 6500,
-         "served, batch 32 (tokens/s)": 20000, "served, batch 128 (tokens/s)": 48000,
-         "served, batch 256 (tokens/s)": 65000, "workload, 256 requests (tokens/s)": 40000,
-         "prefill, 16 x 1024 (TFLOP/s)": 450, "kernel: decode attention, 64 x 4096 (TB/s)": 3.8}
+__all__ = ["Bench", "BLOCK_SIZE", "MAX_MODEL_LEN", "PARTS", "main"]
+
+START = "start"  # a part that is measured from outside: gpu_start.py
+LEAST_S = 5  # with less left nothing is begun
 
 
-class Bench:
-    """The model with random weights on the GPU, and an engine over it."""
-
-    def __init__(self, raw_config: dict, eager: bool = False):
-        self.config = ModelConfig.from_dict(raw_config)
-        self.backend = CUDABackend(enforce_eager=eager)
-        store = WeightStore(self.config, self.backend)
-        drawn = np.random.default_rng(0).standard_normal(1 << 24, dtype=np.float32)
-        bits = ((drawn * np.float32(0.02)).view(np.uint32) >> 16).astype(np.uint16)
-        for name, array in store.arrays.items():
-            flat = array.reshape(int(np.prod(array.shape)))
-            if not flat.shape[0]:
-                continue
-            values = np.full(flat.shape[0], 0x3F80, np.uint16) if "norm" in name else bits
-            for first in range(0, flat.shape[0], len(values)):
-                self.backend.put(flat, first, values[:min(len(values), flat.shape[0] - first)])
-        self.runner = ModelRunner(self.config, store.finish(MAX_MODEL_LEN), self.backend, num_blocks=NUM_BLOCKS,
-                                  block_size=BLOCK_SIZE, max_model_len=MAX_MODEL_LEN, max_num_seqs=MAX_NUM_SEQS,
-                                  max_num_batched_tokens=MAX_TOKENS)
-        self.random = random.Random(0)
-
-    def serve(self, prompts: list[list[int]], max_tokens: list[int]) -> dict:
-        """Run requests that all arrive at once; times in seconds."""
-        engine = LLMEngine(self.runner, vocab_size=self.config.vocab_size, eos_token_ids=self.config.eos_token_ids,
-                           num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_model_len=MAX_MODEL_LEN,
-                           max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=MAX_TOKENS, enable_prefix_caching=False)
-        start = time.perf_counter()
-        for prompt, count in zip(prompts, max_tokens):
-            engine.add_request(prompt, SamplingParams(temperature=0, max_tokens=count, ignore_eos=True))
-        first, tokens, steps = None, 0, 0
-        while engine.has_unfinished_requests():
-            outputs = engine.step()
-            steps += 1
-            tokens += len(outputs)
-            if first is None and tokens:
-                first = time.perf_counter()
-                tokens_at_first = tokens
-        end = time.perf_counter()
-        return {"seconds": end - start, "ttft": first - start, "tokens": tokens, "steps": steps,
-                "decode_tokens_per_second": (tokens - tokens_at_first) / max(end - first, 1e-9)}
-
-    def prompts(self, count: int, length: int) -> list[list[int]]:
-        return [[self.random.randrange(100000) for _ in range(length)] for _ in range(count)]
-
-    def median(self, rounds: int, measure) -> list[float]:
-        measure()  # compiles kernels and captures graphs
-        return [measure() for _ in range(rounds)]
-
-    # ---- what is measured: label -> figures, one a round ----
-
-    def decode(self, rounds):
-        for batch in (1, 8, 32, 128, 256):
-            figures = self.median(
-                rounds, lambda b=batch: self.serve(self.prompts(b, 32), [128] * b)["decode_tokens_per_second"])
-            yield f"decode, batch {batch} (tokens/s)", figures
-            graph = getattr(self.runner, "_graphs", None) and self.runner._graphs.last_graph
-            if graph:  # the last step again, by itself: how much of a step's time the GPU works
-                times = graph_times(self.backend.fused.stream, graph, rounds)
-                yield f"GPU step, batch {batch} (us)", [1e3 * t for t in times]
-                step = 1e3 * batch / statistics.median(figures)
-                yield f"GPU busy, batch {batch} (%)", [100 * t / step for t in times]
-
-    def ttft(self, rounds):
-        for length in (32, 512):
-            yield f"TTFT, {length} tokens (ms)", self.median(
-                3 * rounds, lambda n=length: 1e3 * self.serve(self.prompts(1, n), [2])["ttft"])
-
-    def served(self, rounds):
-        for batch in (8, 32, 128, 256):
-            def measure(b=batch):
-                result = self.serve(self.prompts(b, 128), [128] * b)
-                return result["tokens"] / result["seconds"]
-
-            yield f"served, batch {batch} (tokens/s)", self.median(rounds, measure)
-
-    def workload(self, rounds):
-        draw = random.Random(0)
-        prompts = [[draw.randint(0, 10000) for _ in range(draw.randint(100, 1024))] for _ in range(256)]
-        counts = [draw.randint(100, 1024) for _ in range(256)]
-
-        def measure():
-            result = self.serve(prompts, counts)
-            return result["tokens"] / result["seconds"]
-
-        yield "workload, 256 requests (tokens/s)", self.median(max(1, rounds - 2), measure)
-
-    def prefill(self, rounds):
-        config, tokens, length = self.config, 16384, 1024
-        weights = config.num_hidden_layers * sum(
-            int(np.prod(shape[1:])) for name, shape in
-            ((n, getattr(self.runner.weights, n).shape) for n in ("qkv", "o", "gate_up", "down")))
-        pairs = tokens * (length + 1) / 2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
-        operations = 2 * tokens * weights + 4 * pairs + 2 * 16 * config.vocab_size * config.hidden_size
-
-        def measure():
-            return operations / self.serve(self.prompts(16, length), [1] * 16)["ttft"] / 1e12
-
-        yield "prefill, 16 x 1024 (TFLOP/s)", self.median(rounds, measure)
-
-    def kernels(self, rounds):
-        yield from measure_kernels(self, rounds)
+def run_process(parts: list[str], options, base: str, command: list[str], time_left: Callable[[], float]) -> dict:
+    """One process's worth of parts; more processes than one if some of them end early. base: of their files' names."""
+    merged = {"environment": {}, "notes": {}, "results": {}, "errors": {}, "seconds": {}}
+    left = [name for name in parts if name != START]
+    while left:
+        path = Path(f"{base}.{len(left)}.partial")
+        path.unlink(missing_ok=True)  # of a run that was broken off
+        limit = min(options.process_limit, time_left())
+        if limit < LEAST_S:
+            merged["errors"].update((name, "not begun: the time was up") for name in left)
+            break
+        try:
+            arguments = ["--measure", str(path), "--only", ",".join(left)]
+            status = subprocess.run([*command, *arguments], timeout=limit).returncode
+            how = f"its process ended with {status}"
+        except subprocess.TimeoutExpired:
+            status, how = None, f"its process was ended after {limit:.0f} s"
+        found = json.loads(path.read_text()) if path.exists() else {"running": "setup"}
+        path.unlink(missing_ok=True)
+        for what in merged:
+            merged[what].update(found.get(what, {}))
+        running = found["running"]
+        if running == "setup" or status == 0 and running is None:
+            if running:
+                merged["errors"].setdefault("setup", how)
+            break
+        if running:
+            merged["errors"][running] = f"did not end: {how}"
+        left = [name for name in left if name not in found["seconds"] and name != running]
+    return merged
 
 
-PARTS = ("decode", "ttft", "served", "workload", "prefill", "kernels")
+def run_start(process: dict, folder: Path, raw_config: dict) -> None:
+    """The part "start" into a process's figures."""
+    begin = time.perf_counter()
+    try:
+        if not (folder / "config.json").exists():
+            gpu_start.write_folder(folder, raw_config)
+        for label, figures in gpu_start.starts(folder):
+            if isinstance(figures, Exception):
+                process["errors"][label] = short(figures)
+            else:
+                process["results"][label] = [rounded(figure) for figure in figures]
+                print(f"{label:56} {figures[0]:12,.4g}", flush=True)
+    except Exception as error:
+        process["errors"][START] = short(error)
+    process["seconds"][START] = round(time.perf_counter() - begin, 2)
 
 
-def main(argv=None) -> None:
+def run_processes(parts: list[str], options, command: list[str]) -> dict:
+    """All processes, one after the other. command: what measures in a fresh process (see `main`)."""
+    begin = time.monotonic()
+    results = {"environment": {}, "config": read_config(options) if options.config else "Llama 3.2 1B",
+               "eager": options.eager, "rounds": options.rounds, "processes": []}
+    partial = Path(options.json + ".partial") if options.json else None
+    folder = Path(tempfile.mkdtemp(prefix="tinyvllm_bench_"))
+
+    def time_left() -> float:
+        return (options.total_limit or float("inf")) - (time.monotonic() - begin)
+
+    try:
+        took = 0.0
+        for number in range(options.processes):
+            if number and time_left() < max(took, LEAST_S):
+                print(f"process {number + 1} is not begun: {time_left():.0f} s are left, and the last took {took:.0f}")
+                break
+            print(f"--- process {number + 1} of {options.processes} ---", flush=True)
+            start = time.monotonic()
+            base = f"{options.json or folder / 'figures'}.{number + 1}"
+            process = run_process(parts, options, base, command, time_left)
+            if START in parts and "setup" not in process["errors"] and time_left() > 30:
+                run_start(process, folder / "model", read_config(options))
+            took = time.monotonic() - start
+            results["environment"] = results["environment"] or process["environment"]
+            del process["environment"]
+            results["processes"].append(process)
+            if partial:
+                write_results(partial, complete(results))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return complete(results)
+
+
+def read_config(options) -> dict:
+    if not options.config:
+        return LLAMA_3_2_1B
+    with open(options.config) as file:
+        return json.load(file)
+
+
+def parse(argv: list[str] | None):
+    names = [*PARTS, START]
     parser = argparse.ArgumentParser(prog="python -m tinyvllm.bench.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", help="a config.json; without it, the shape of Llama 3.2 1B")
-    parser.add_argument("--only", help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--processes", type=int, default=1, help="fresh processes, one after the other (default: 1)")
+    parser.add_argument("--only", help=f"some of {','.join(names)}")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--eager", action="store_true", help="operations one by one, as enforce_eager=True")
     parser.add_argument("--json", help="write every figure to this file")
+    parser.add_argument("--config", help="a config.json; without it, the shape of Llama 3.2 1B")
+    parser.add_argument("--eager", action="store_true", help="operations one by one, as enforce_eager=True")
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction,
+                        help="cuBLAS and cuDNN through torch (default: if torch with CUDA is there)")
+    parser.add_argument("--part-limit", type=float, default=240, help="seconds after which a part is given up")
+    parser.add_argument("--process-limit", type=float, default=420, help="seconds after which a process is ended")
+    parser.add_argument("--total-limit", type=float, help="seconds for everything: what would not fit is not begun")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)  # one process's parts, into this file
     options = parser.parse_args(argv)
-    parts = options.only.split(",") if options.only else PARTS
-    unknown = set(parts) - set(PARTS)
+    parts = options.only.split(",") if options.only else names
+    unknown = set(parts) - set(names)
     if unknown:
-        parser.error(f"--only takes {', '.join(PARTS)}, not {', '.join(sorted(unknown))}")
-    require_cuda()
-    raw_config = LLAMA_3_2_1B
-    if options.config:
-        with open(options.config) as file:
-            raw_config = json.load(file)
-    bench, results = Bench(raw_config, options.eager), {}
-    for part in parts:
-        for label, figures in getattr(bench, part)(options.rounds):
-            results[label] = figures
-            floor = f"   floor {FLOOR[label]:,}" if label in FLOOR else ""
-            print(f"{label:46} {statistics.median(figures):12,.4g}   ({min(figures):,.4g} to {max(figures):,.4g})"
-                  f"{floor}", flush=True)
+        parser.error(f"--only takes {', '.join(names)}, not {', '.join(sorted(unknown))}")
+    if options.processes < 1 or options.rounds < 1:
+        parser.error("--processes and --rounds take a whole number of 1 or more")
+    return options, parts
+
+
+def main(argv: list[str] | None = None, command: list[str] | None = None) -> int:
+    """command: what measures in a fresh process, given --measure and --only (default: this module with argv)."""
+    options, parts = parse(argv)
+    if options.measure:
+        return measure([name for name in parts if name != START], read_config(options), options, Path(options.measure))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    results = run_processes(parts, options, command or [sys.executable, "-m", "tinyvllm.bench.gpu", *arguments])
+    if not results["summary"]:
+        print("no figures: " + "; ".join(f"{what}: {why}" for process in results["processes"]
+                                         for what, why in process["errors"].items()))
+        return 1
+    print(report(results))
     if options.json:
-        device = cuda.get_current_device()
-        name = device.name.decode() if isinstance(device.name, bytes) else device.name
-        with open(options.json, "w") as file:
-            json.dump({"environment": {**describe_environment("numba-cuda", "cuda-bindings"), "gpu": name},
-                       "config": options.config or "Llama 3.2 1B", "eager": options.eager, "results": results}, file,
-                      indent=1)
+        write_results(Path(options.json), results)
+        Path(options.json + ".partial").unlink(missing_ok=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
