@@ -257,6 +257,8 @@ def test_other_refusals():
     engine.add_request(PROMPT, greedy(6), "a")
     with pytest.raises(RequestError, match="'a' is in use"):
         engine.add_request(PROMPT, greedy(6), "a")
+    with pytest.raises(RequestError, match="a request id is text, got list"):
+        engine.add_request(PROMPT, greedy(6), ["b"])
     with pytest.raises(RequestError, match="must be a SamplingParams, got dict"):
         engine.add_request(PROMPT, {"temperature": 0})
     with pytest.raises(RequestError, match="stop strings need a tokenizer"):

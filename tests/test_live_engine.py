@@ -297,12 +297,19 @@ def test_who_fell_behind_is_told_all_that_is_running_again_and_the_others_lose_n
 
 
 def test_what_was_asked_before_a_reset_that_leaves_less_room_still_ends(live):
-    live.between_steps(lambda llm: time.sleep(0.1))
+    refused = []
+
+    def once_more(output):  # in the engine's thread, in the middle of the reset: by the engine that is about to go
+        if output.request_id == "first" and output.finished:
+            live.add("The river went on and on", LONG, "a")
+            live.add("The fox " * 40, SHORT, "b")  # no room for it any more
+
+    live.on_output(once_more, lambda error, request_id: refused.append(request_id))
+    live.add("The river", LONG, "first")
     live.reset(num_blocks=4)
-    live.add("The river went on and on", LONG, "a")  # prepared for a cache of 128 blocks
-    live.add("The fox " * 40, SHORT, "b")  # no room for it any more
+    live.between_steps(lambda llm: None).result(10)
     live.wait_idle()
-    assert live.error is None and live.stats.num_finished == 1
+    assert live.error is None and live.stats.num_finished == 1 and refused == ["b"]
     assert isinstance(live.callback_error, RequestError) and "whole KV cache holds 64" in str(live.callback_error)
     state = EngineState()
     for event in live.events.read()[0]:

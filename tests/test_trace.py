@@ -132,6 +132,64 @@ def test_any_request_id_can_be_saved(tmp_path):
     assert Trace.load(Trace(events).save(tmp_path / "run.jsonl.gz")).events == events
 
 
+def test_a_full_disk_loses_no_file(recorded, tmp_path, monkeypatch):
+    _, trace = recorded
+    saved, chrome = trace.save(tmp_path / "run.jsonl"), trace.to_chrome(tmp_path / "chrome.json")
+    good = saved.read_bytes(), chrome.read_bytes()
+    opened = type(saved).open
+
+    class Full:
+        def __init__(self, file):
+            self.file, self.left = file, 300
+
+        def write(self, data):
+            self.left -= len(data)
+            if self.left < 0:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+    def full(self, mode="r", *more):
+        file = opened(self, mode, *more)
+        return Full(file) if "w" in mode else file
+
+    monkeypatch.setattr(type(saved), "open", full)
+    for write in (lambda: trace.save(saved), lambda: trace.to_chrome(chrome), lambda: trace.save(tmp_path / "x.gz")):
+        with pytest.raises(OSError, match="No space left"):
+            write()
+    monkeypatch.undo()
+    assert (saved.read_bytes(), chrome.read_bytes()) == good and set(tmp_path.iterdir()) == {saved, chrome}
+
+
+def test_a_trace_with_lines_left_out_or_out_of_order_is_refused(recorded, tmp_path):
+    _, trace = recorded
+    lines = trace.save(tmp_path / "run.jsonl").read_bytes().splitlines(keepends=True)
+    for bad, line in (([*lines[:9], *lines[10:]], 10), ([*lines[:9], lines[10], lines[9], *lines[11:]], 10),
+                      ([*lines[:9], *lines[7:]], 10), ([lines[0], *lines[2:]], 2)):
+        (tmp_path / "bad.jsonl").write_bytes(b"".join(bad))
+        with pytest.raises(TraceError, match=f"bad.jsonl, line {line}: this does not follow from the lines before it"):
+            Trace.load(tmp_path / "bad.jsonl")
+    # But whoever fell behind, and was told the state anew, has a recording with a gap in its numbers.
+    again = [event._replace(seq=event.seq + 1000) for event in trace.events]
+    kept = Trace([*trace.events[:9], *again]).save(tmp_path / "gap.jsonl")
+    assert len(Trace.load(kept)) == len(trace) + 9
+
+
+def test_what_is_no_file_is_said_in_words(recorded, tmp_path):
+    with pytest.raises(TraceError, match="is a folder: give the name of a trace file in it"):
+        Trace.load(tmp_path)
+    with pytest.raises(TypeError, match="a trace is a Trace, or the path of its file, got int"):
+        Trace.load(5)
+
+
 def test_what_comes_before_the_configuration_is_left_out(recorded):
     _, trace = recorded
     lost = [e for e in trace.events if e.kind == "tokens"][:2]

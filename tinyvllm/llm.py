@@ -75,6 +75,7 @@ class LLM:
         self._inbox: dict[str, deque[RequestOutput]] = {}  # outputs of requests that a stream() is reading
         self._abandoned: deque[str] = deque()  # streams that were let go of: their requests end before the next step
         self._awaited: dict[str, RequestOutput | None] = {}  # last outputs of requests that a generate() waits for
+        self._driver: Any = None  # a weak reference to the LiveEngine that drives this, if one does
         self.model_path: Path = resolve_model(model)
         self.model_config = ModelConfig.from_folder(self.model_path)
         self.tokenizer = None if skip_tokenizer_init else Tokenizer.from_folder(self.model_path)
@@ -113,13 +114,14 @@ class LLM:
         Requests that are still there are forgotten. Raises ConfigError, and then nothing has changed; or
         OutOfDeviceMemoryError, and then the engine is fresh and empty with the options that it had.
         """
+        self._check_free()
         before = self.engine_config, self.memory_plan
         self.engine_config, self.memory_plan = self.plan_reset(**changes)
         self._inbox.clear()
         self.runner = self.engine = None  # let go of the old cache before there is a new one
         try:
             self._make_engine()
-        except OutOfDeviceMemoryError:
+        except BaseException:  # an interrupt too: without an engine nothing works any more
             self.engine_config, self.memory_plan = before
             self._make_engine()
             raise
@@ -154,6 +156,7 @@ class LLM:
         sampling_params: one for all, or one for each prompt.
         A prompt that cannot be served raises RequestError before anything runs.
         """
+        self._check_free()
         prompts = _as_list(prompts)
         params = _one_each(sampling_params, len(prompts))
         requests = []
@@ -199,6 +202,7 @@ class LLM:
 
         Leaving the loop early aborts the request.
         """
+        self._check_free()
         if isinstance(prompt, (list, tuple)) and any(isinstance(p, (str, Mapping)) for p in prompt):
             raise RequestError(f"stream() takes one prompt, got {len(prompt)}: use generate() for several")
         with self._lock:
@@ -208,9 +212,17 @@ class LLM:
 
     def _step(self) -> None:
         """One engine step, with the lock held; outputs go to whoever waits for them, in this thread or another."""
+        self._check_free()
         while self._abandoned:
             self._drop_locked([self._abandoned.popleft()])
         self._route(self.engine.step())
+
+    def _check_free(self) -> None:
+        """Raise TinyVLLMError if a LiveEngine drives this: two threads that step one engine would ruin it."""
+        driver = self._driver and self._driver()
+        if driver is not None and driver.state != "closed" and not driver.is_own_thread:
+            raise TinyVLLMError("a LiveEngine drives this LLM: use its add(), chat(), stream() and reset(), or close() "
+                                "it first")
 
     def _check_present(self, request_id: str) -> None:
         if not self.engine.has_request(request_id):

@@ -1,15 +1,15 @@
 """Arrivals: a thread that brings prompts to a live engine at random times, as users would.
 
-Poisson arrivals: the gaps between them are exponential, drawn from a seed, so the same traffic can be had twice. The
-gaps are kept in units of their mean, so that turning the rate up or down in the middle of a wait does what it should.
+The times are those of engine/arrivals.py, drawn from a seed, so the same traffic can be had twice. They are kept in
+units of the mean gap, so that turning the rate up or down in the middle of a wait does what it should.
 """
 
-import random
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+from tinyvllm.engine.arrivals import poisson_stream
 from tinyvllm.errors import TinyVLLMError
 
 TICK_S = 0.05
@@ -60,8 +60,8 @@ class LiveArrivals:
     def begin_again(self) -> None:
         """The same traffic from its beginning."""
         with self._lock:
-            self._random = random.Random(self._seed)
-            self._left = self._random.expovariate(1.0)  # until the next arrival, in mean gaps
+            self._times = (arrival.at for arrival in poisson_stream(1.0, seed=self._seed))  # in mean gaps,
+            self._now, self._next = 0.0, next(self._times)  # as these are
             self.sent = 0
 
     def close(self, timeout: float = 5.0) -> None:
@@ -74,7 +74,8 @@ class LiveArrivals:
     def _run(self) -> None:
         last = time.monotonic()
         while True:
-            self._changed.wait(TICK_S if not self._rate else min(TICK_S, max(0.001, self._left / self._rate)))
+            rate = self._rate  # once: whoever turns it down does so in another thread
+            self._changed.wait(min(TICK_S, max(0.001, (self._next - self._now) / rate)) if rate else TICK_S)
             self._changed.clear()
             now = time.monotonic()
             elapsed, last = now - last, now
@@ -90,9 +91,9 @@ class LiveArrivals:
 
     def _bring_due(self, elapsed: float) -> None:
         with self._lock:
-            self._left -= elapsed * self._rate
-        while self._left <= 0 and self._rate:
+            self._now += elapsed * self._rate
+        while self._next <= self._now and self._rate:
             with self._lock:
                 number, self.sent = self.sent, self.sent + 1
-                self._left += self._random.expovariate(1.0)
+                self._next = next(self._times)
             self._bring(number)

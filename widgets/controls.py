@@ -68,7 +68,10 @@ class Controls:
     def use(self, prompts: Iterable[Any] | None, params: SamplingParams | None) -> None:
         """What arrivals ask for from now on. Raises ControlError."""
         if prompts is not None:
-            prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+            if not isinstance(prompts, Iterable):
+                raise ControlError(f"prompts are texts, conversations or lists of token ids, "
+                                   f"got {type(prompts).__name__}")
+            prompts = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
             if not prompts:
                 raise ControlError("prompts is empty: give at least one, or leave it out for the default ones")
             self.prompts = prompts
@@ -144,7 +147,9 @@ class Controls:
         """Write what was recorded to a file; if it cannot be written, nothing is lost: try another name."""
         path = trace_path(name)
         if self._unsaved is None:
-            self._unsaved = self.feed.stop_recording()
+            self._unsaved = self.feed.stop_recording() or None
+            if self._unsaved is None:
+                raise ControlError("the engine has said nothing since the recording began: there is nothing to save")
         try:
             Trace(self._unsaved, describe_run(self._live().llm, self._unsaved)).save(path)
         except OSError as error:
@@ -163,6 +168,8 @@ class Controls:
 
     def replay(self, name: str = "") -> None:
         """Show a trace file in every panel of this feed; the live engine waits, paused. Without a name: the newest."""
+        if not isinstance(name, str):
+            raise ControlError(f"the name of a trace file is text, got {type(name).__name__}")
         path = name.strip() or self.recorded.get("path")
         if not path:
             raise ControlError("nothing was recorded yet: record a run first, or give the name of a trace file")

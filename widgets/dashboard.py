@@ -26,14 +26,17 @@ class Dashboard(W.VBox):
     """All panels of an engine, sharing one feed and one selection.
 
     source: a LiveEngine, a ReplayEngine or a Feed. scale: 1.0 for a desk, about 2 for a projector.
-    panels: only these, by their names; the default is all of them.
+    panels: only these, by their names; the default is all of them (of a recorded run all but TensorFile: it has none).
     `dashboard["KVBlockMap"]` is the panel of that name.
     """
 
     def __init__(self, source: Any, *, scale: float = 1.0, panels: list[str] | tuple[str, ...] | None = None):
         self.feed = Feed.of(source)
         names = [panel.__name__ for row in ROWS for panel in row]
-        chosen = names if panels is None else list(panels)
+        engine = self.feed.source
+        is_recorded = engine is not None and not hasattr(engine, "llm")
+        usual = [name for name in names if not (is_recorded and name == "TensorFile")]
+        chosen = usual if panels is None else [panels] if isinstance(panels, str) else list(panels)
         unknown = [name for name in chosen if name not in names]
         if unknown:
             raise ValueError(f"there is no panel {unknown[0]!r}; there are {', '.join(names)}")

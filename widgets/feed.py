@@ -21,7 +21,7 @@ from tinyvllm.errors import TinyVLLMError
 from widgets.answers.inspect import check_address
 from widgets.clock import FeedStats, Flow, LatencyClock
 from widgets.frames import Packer, Payload
-from widgets.hub import SELECTION, Hub
+from widgets.hub import Hub, checked_selection
 from widgets.pace import FRAMES_PER_SECOND
 from widgets.pump import Pump
 from widgets.reader import Reader
@@ -59,6 +59,7 @@ class Feed:
         self._put_aside: dict[int, Reader] = {}  # of sources that switch_to may come back to
         self._cursor: float | None = None  # of the last frame
         self._closed = threading.Event()
+        self._is_still = False  # the engine is closed: no pump, and frames on demand
         self.hub.listen(self._on_message)
         if source is not None and start:
             self._pump_thread.start()
@@ -97,10 +98,7 @@ class Feed:
 
     def select(self, **what: Any) -> None:
         """Select something in every panel: feed.select(request="0", layer=3)."""
-        unknown = sorted(set(what) - set(SELECTION))
-        if unknown:
-            raise ValueError(f"there is no {unknown[0]!r} to select: it can be {', '.join(SELECTION)}")
-        self.hub.selection = {**self.hub.selection, **what}
+        self.hub.selection = {**self.hub.selection, **checked_selection(what)}
 
     def inspect(self, kind: str, **address: Any) -> None:
         """Open every BitLens of this feed on one value: feed.inspect("weight", name="model.norm.weight", row=3).
@@ -118,6 +116,7 @@ class Feed:
     def close(self) -> None:
         """End the pump. The engine goes on."""
         self._closed.set()
+        self._is_still = False
         for end in self.on_close:
             end()
         self._pump_thread.join()
@@ -131,7 +130,11 @@ class Feed:
 
     def record(self) -> None:
         """Begin to keep every event, starting with the state as it is; `stop_recording` gives them."""
+        if self.source is None:
+            raise TinyVLLMError("there is no engine here to record")
         with self.lock:
+            if self.is_recording:
+                raise TinyVLLMError("a recording is going on: stop it first")
             self._recording = []
         self.source.tell_again()
 
@@ -151,6 +154,9 @@ class Feed:
 
     def switch_to(self, source: Any) -> None:
         """Show another engine in the same panels: a recorded run in the place of the live one, and back again."""
+        if not hasattr(source, "events") or self.source is None:
+            raise TypeError("switch_to puts one engine in the place of another, a LiveEngine or a ReplayEngine, "
+                            f"got {type(source).__name__} for {type(self.source).__name__}")
         with self.lock:
             if self.is_recording:
                 raise TinyVLLMError("a recording is going on: stop it first")
@@ -179,14 +185,25 @@ class Feed:
         self._pump_thread.later(job, *arguments)
 
     def end(self) -> None:
-        """No more frames: the pump's thread ends by itself."""
+        """The engine is closed, so the pump's thread ends. Frames come now only when the page asks for them."""
         self._closed.set()
+        self._is_still = True
+        self.hub.observe(lambda _: self._tick_still(), ["selection", "cursor"])
+
+    def _tick_still(self) -> None:
+        """A frame of a run that is over: a page that was reloaded, a panel that was made late, a look back."""
+        with self.lock:
+            if self._is_still:
+                try:
+                    self.tick()
+                except Exception as error:
+                    self.error = error
 
     def tick(self) -> None:
         """One frame: take in what happened, and send what changed to whoever can see it."""
         events = self._pump()
         visible = self.subscriptions.visible_ones()
-        if not visible or self.flow.is_congested():
+        if not visible or self.flow.is_congested() and not self._is_still:
             self._missed(events)
             return
         events = self._with_missed(events)
@@ -260,8 +277,12 @@ class Feed:
         if asks:
             self._clock.sent(self._frame, events)
         buffers = packer.buffers()
-        self.hub.send({"type": "frame", "n": self._frame, "now": self.ms(self.source.now_ns()), "live": live,
-                       "topics": topics, "ack": asks}, buffers)
+        try:
+            self.hub.send({"type": "frame", "n": self._frame, "now": self.ms(self.source.now_ns()), "live": live,
+                           "topics": topics, "ack": asks}, buffers)
+        except Exception:
+            self.subscriptions.need_snapshots()  # the page does not have what this frame said
+            raise
         self.stats.frames += 1
         self.stats.bytes += sum(map(len, buffers))
 
@@ -269,6 +290,12 @@ class Feed:
 
     def _on_message(self, message: dict[str, Any]) -> None:
         self.stats.messages_in += 1
+        try:
+            self._hear(message)
+        except Exception as error:  # of whatever page this came: the feed goes on for the others
+            self.error = error
+
+    def _hear(self, message: dict[str, Any]) -> None:
         said = message.get("op")
         if said == "ack":
             self._ack(message)
@@ -277,6 +304,7 @@ class Feed:
         elif said in ("ready", "visible", "gone"):
             with self.lock:
                 getattr(self.subscriptions, said)(message)
+            self._tick_still()
 
     def _ack(self, message: dict) -> None:
         self.flow.acknowledged(message["n"])

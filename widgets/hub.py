@@ -6,6 +6,7 @@ cursor, what the lens looks at); all else is told again when a view says `ready`
 """
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import anywidget
@@ -26,3 +27,19 @@ class Hub(anywidget.AnyWidget):
     def listen(self, handler: Callable[[dict[str, Any]], None]) -> None:
         """Call handler(message) for everything that the page says."""
         self.on_msg(lambda _, content, __: handler(content))
+
+
+def checked_selection(what: dict[str, Any]) -> dict[str, Any]:
+    """What a notebook selects, in the types that the page knows. Raises ValueError."""
+    unknown = sorted(set(what) - set(SELECTION))
+    if unknown:
+        raise ValueError(f"there is no {unknown[0]!r} to select: it can be {', '.join(SELECTION)}")
+    checked = {}
+    for name, value in what.items():
+        is_number = isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
+        if name == "request" and not (value is None or isinstance(value, str)):
+            raise ValueError(f"a request is selected by its id, which is text, got {value!r}")
+        if name != "request" and not (value is None or is_number):
+            raise ValueError(f"a {name} is selected by its number, 0 or more, or None for none, got {value!r}")
+        checked[name] = int(value) if is_number else value
+    return checked

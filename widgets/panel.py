@@ -4,6 +4,7 @@ A module in a notebook cannot import a file beside it, and nothing here comes fr
 put in front of each panel's own. `static/*.js` is plain JavaScript: no bundler, nothing generated.
 """
 
+import math
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,9 @@ class Panel(anywidget.AnyWidget):
         unknown = sorted(name for name in traits if name not in self.trait_names())
         if unknown:
             raise TypeError(f"{type(self).__name__} has no option {unknown[0]!r}")
+        for name, value in traits.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} of a {type(self).__name__} must be a finite number, got {value}")
         self.feed = Feed.of(source)
         super().__init__(hub=self.feed.hub, **traits)
 

@@ -49,13 +49,14 @@ class Pump:
             time.sleep(SLICE_PAUSE_S)
 
     def _run(self) -> None:
-        feed = self._feed
+        feed, was_closed = self._feed, False
         due = time.monotonic() + self.pace.least_s
         while not feed.closed:
             try:
                 if (wait := due - time.monotonic()) > 0:
                     self._jobs.get(timeout=wait)()
                     continue
+                was_closed = feed.source.state == "closed"
                 with feed.lock:
                     self._frame()
             except queue.Empty:
@@ -66,7 +67,7 @@ class Pump:
             is_fast = source.state == "running" and getattr(source, "steps_per_second", None) is None
             switches.quick(self, bool(visible) and is_fast)
             due = time.monotonic() + self.pace.interval_s(visible)
-            if source.state == "closed":  # its last frame has just been sent
+            if was_closed:  # all that it has said has just been sent
                 feed.end()
         switches.quick(self, False)
         while not self._jobs.empty():

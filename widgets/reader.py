@@ -34,8 +34,8 @@ class Reader:
         until it has.
         """
         events, gap = self.source.events.read(self._next_seq)
-        if gap and self._next_seq:
-            self.num_gaps += 1
+        if gap:  # also if the log had moved on before the first look at it
+            self.num_gaps += self._next_seq > 0
             self._skip_to_config = True
             self.source.tell_again()
         if events:

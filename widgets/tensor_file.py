@@ -32,7 +32,8 @@ class TensorFile(Panel, script=("formats.js", "byte_ruler.js", "heat_map.js", "t
             if path is not None:
                 raise TinyVLLMError("give the path once: TensorFile(path), or TensorFile(live, path)")
             source, path = None, source
-        engine = source.source if isinstance(source, Feed) else source
+        source = Feed.of(source)
+        engine = source.source
         if path is None:
             if engine is not None and not hasattr(engine, "llm"):
                 raise TinyVLLMError("a recorded run has no model file: say which one, TensorFile(replay, path)")

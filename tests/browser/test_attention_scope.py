@@ -150,6 +150,21 @@ def test_a_click_on_a_cell_opens_its_arithmetic(stage, live):
     stage.until(lambda: (box.get_attribute("data-cell") or "").startswith("2,5,7,"))
 
 
+def test_an_open_cell_follows_the_head_in_focus_although_rows_of_a_long_text_come_in_pieces(stage, live):
+    feed, root, dataset = show(stage, live)
+    name = live.add(list(range(30, 330)), SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    stage.until(lambda: dataset()["request"] == name and dataset()["rows"] == "303")
+    root.locator("canvas").nth(1).focus()
+    stage.page.keyboard.press("Enter")
+    box = root.locator(".tv-arithmetic")
+    stage.until(lambda: (box.get_attribute("data-cell") or "").startswith("0,0,302,"))
+    stage.until(lambda: feed.selection["token"] == 302)
+    for layer in (5, 2, 7):
+        feed.select(layer=layer, token=250)
+        stage.until(lambda now=f"{layer},0,250,": (box.get_attribute("data-cell") or "").startswith(now))
+
+
+
 def test_what_if_is_labelled_and_is_what_the_softmax_would_be(stage, live):
     feed, root, dataset = show(stage, live)
     feed.select(layer=6, head=3)
@@ -221,7 +236,7 @@ def test_odd_names_and_other_panels_requests(stage, live):
     stage.until(lambda: dataset()["request"] == name and dataset()["rows"] == "34")
     assert root.locator("b", has_text="my").count() == 0
     assert any(name in text for text in root.locator("select option").all_text_contents())
-    feed.select(request="not there", layer=99, head=-5, token=10**6)
+    feed.hub.selection = {**feed.selection, "request": "not there", "layer": 99, "head": -5, "token": 10**6}
     stage.run(0.3)
     feed.select(request=None, layer=0, head=0, token=None)
     stage.run(0.2)

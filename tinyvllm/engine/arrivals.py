@@ -48,10 +48,13 @@ def poisson_stream(rate: float, *, prompt_tokens: tuple[int, int] = (16, 64),
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not (rate > 0 and math.isfinite(rate)):
         raise ConfigError(f"rate must be a number above 0 (arrivals a step, or a second), got {rate!r}")
     for name, bounds in (("prompt_tokens", prompt_tokens), ("output_tokens", output_tokens)):
-        if not (len(bounds) == 2 and all(_is_count(n) for n in bounds) and 1 <= bounds[0] <= bounds[1]):
+        is_pair = isinstance(bounds, Sequence) and len(bounds) == 2 and all(_is_count(n) for n in bounds)
+        if not (is_pair and 1 <= bounds[0] <= bounds[1]):
             raise ConfigError(f"{name} must be (least, most) with 1 <= least <= most, got {bounds!r}")
     if not _is_count(num_shared_tokens):
         raise ConfigError(f"num_shared_tokens must be a whole number of 0 or more, got {num_shared_tokens!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ConfigError(f"seed must be a whole number, got {seed!r}")
     return _draw(rate, prompt_tokens, output_tokens, num_shared_tokens, seed)
 
 
@@ -174,6 +177,9 @@ def _checked(number: int, given: Sequence, llm: Any) -> Arrival:
             and arrival.num_prompt_tokens and arrival.num_output_tokens):
         raise RequestError(f"arrival {number}: prompt and output tokens are whole numbers of 1 or more, "
                            f"got {arrival.num_prompt_tokens!r} and {arrival.num_output_tokens!r}")
+    if not _is_count(arrival.num_shared_tokens):
+        raise RequestError(f"arrival {number}: shared tokens are a whole number of 0 or more, "
+                           f"got {arrival.num_shared_tokens!r}")
     most = llm.memory_plan.max_model_len
     if arrival.num_prompt_tokens + arrival.num_output_tokens > most:
         raise RequestError(f"arrival {number}: {arrival.num_prompt_tokens} prompt and {arrival.num_output_tokens} "

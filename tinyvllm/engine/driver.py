@@ -39,7 +39,8 @@ class Driver:
         self._paused = paused
         self._steps_allowed = 0  # while paused
         self._stepping = False
-        self._closed = False
+        self._closed = False  # somebody has asked for the end
+        self._is_over = False  # it has come
         self._commands: queue.SimpleQueue = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._num_sent = self._num_done = 0  # commands
@@ -54,6 +55,13 @@ class Driver:
     def _advance(self) -> float:
         """Do the next piece of work, or none if its time has not come; returns for how many seconds to wait then."""
         raise NotImplementedError
+
+    def _failed(self, error: BaseException) -> None:
+        """The run has ended with an error."""
+
+    def _ended(self) -> None:
+        """The thread is about to end: the last thing that it does."""
+        self._is_over = True
 
     def tell_again(self) -> None:
         """Emit the present state as events once more, from engine_config on: for a reader that missed some."""
@@ -90,9 +98,14 @@ class Driver:
         return 1.0 / self._interval if self._interval else None
 
     @property
+    def is_own_thread(self) -> bool:
+        """Whether the caller is the thread that takes the steps: a callback, or a look between two steps."""
+        return threading.current_thread() is self._thread
+
+    @property
     def state(self) -> str:
         """"running", "paused", "idle" (nothing to do), "failed" (see `error`) or "closed"."""
-        if self._closed:
+        if self._is_over:
             return "closed"
         if self.error is not None:
             return "failed"
@@ -102,20 +115,26 @@ class Driver:
 
     def wait_idle(self, timeout: float = 60.0) -> None:
         """Wait until there is nothing left to do. Raises the error that ended the run, or TimeoutError."""
+        if self.is_own_thread:
+            raise TinyVLLMError("wait_idle() in a callback would wait for itself: call it elsewhere")
         deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
+        while True:
             if self.error is not None:
                 raise self.error
-            if self._is_idle():
+            if self._is_idle() or self._is_over and not self._has_work():
                 return
+            if self._is_over:
+                self._check_open()
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"{self.unfinished} after {timeout:g} s (state: {self.state})")
             time.sleep(0.005)
-        raise TimeoutError(f"{self.unfinished} after {timeout:g} s (state: {self.state})")
 
     def close(self) -> None:
         """End the thread."""
         if not self._closed:
             self._closed = True
             self._send(lambda: None)
+        if not self.is_own_thread:  # a callback may close: then it ends after that
             self._thread.join(timeout=30)
 
     def __enter__(self) -> Self:
@@ -154,8 +173,10 @@ class Driver:
                 wait = 0.0
                 if not self._closed and not self._nothing_to_do():
                     wait = self._advance()
-            except Exception as error:  # the run is over, the notebook and this thread are not
-                self.error = error
+            except BaseException as error:  # the run is over, the notebook and this thread are not
+                self.error = error if self.error is None else self.error
+                self._failed(error)
+        self._ended()
 
     def _nothing_to_do(self) -> bool:
         return self.error is not None or not self._has_work() or (self._paused and not self._steps_allowed)
@@ -201,4 +222,4 @@ def _interval(steps_per_second: float | None) -> float:
     if isinstance(steps_per_second, bool) or not isinstance(steps_per_second, (int, float)) or not steps_per_second > 0:
         raise ConfigError(f"the speed must be a number of steps a second above 0, or None for no limit, "
                           f"got {steps_per_second!r}")
-    return 1.0 / steps_per_second
+    return 1.0 / steps_per_second if steps_per_second < 1e300 else 0.0

@@ -15,7 +15,7 @@ from typing import Any
 from tinyvllm.engine.events import EventLog
 from tinyvllm.engine.kv_cache_manager import KVCacheManager
 from tinyvllm.engine.pipeline import Pipeline, Runner
-from tinyvllm.engine.prompts import check_prompt, check_vocabulary, encode_prompt
+from tinyvllm.engine.prompts import check_id, check_prompt, check_vocabulary, encode_prompt
 from tinyvllm.engine.request import Request, RequestStatus
 from tinyvllm.engine.scheduler import Scheduler
 from tinyvllm.engine.snapshot import emit_snapshot
@@ -69,6 +69,7 @@ class LLMEngine:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling parameters must be a SamplingParams, got {type(params).__name__}")
+        check_id(request_id)
         check_vocabulary("stop token id", params.stop_token_ids, self.vocab_size)
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this engine has none: use stop_token_ids")

@@ -122,7 +122,7 @@ class Pipeline:
         if self.events is not None:
             self.events.step = step.number
             rows = [s for s in step.batch.scheduled if not s.request.status.is_finished]
-            self.events.emit("step_begun", None, sum(s.num_scheduled_tokens for s in rows), tuple(
+            self.events.emit_at(step.begun_ns, "step_begun", None, sum(s.num_scheduled_tokens for s in rows), tuple(
                 (s.request.request_id, s.start, s.num_scheduled_tokens, s.sample) for s in rows))
 
     @contextmanager

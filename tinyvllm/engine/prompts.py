@@ -1,4 +1,4 @@
-"""Prompts as users give them, checked and turned into token ids; every refusal is in the user's words."""
+"""Prompts and ids as users give them, checked, and turned into token ids; every refusal is in the user's words."""
 
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
@@ -60,6 +60,18 @@ def check_prompt(token_ids: Sequence[int], *, vocab_size: int, max_model_len: in
         raise RequestError(f"the prompt has {len(token_ids)} tokens and the whole KV cache holds {capacity} "
                            f"({num_blocks} blocks of {block_size}), prompt and at least one new token together: "
                            "shorten it or raise num_blocks")
+
+
+def check_id(request_id: Any, allowed: tuple = (None,)) -> None:
+    """Raise RequestError unless it is text that can be sent to a page and written into a file."""
+    if request_id in allowed:
+        return
+    if not isinstance(request_id, str):
+        raise RequestError(f"a request id is text, got {type(request_id).__name__}: {str(request_id)[:60]}")
+    try:
+        request_id.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"a request id is valid Unicode, got half of a surrogate pair in {request_id!r}") from None
 
 
 def _not_a_prompt(prompt: Any) -> RequestError:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyvllm.engine.chrome_trace import chrome_events
+from tinyvllm.engine.event_check import check_event
 from tinyvllm.engine.events import Event
 from tinyvllm.engine.recording import token_ids_in
 from tinyvllm.engine.state import EngineState
@@ -66,24 +67,17 @@ class Trace:
         prompt_ids=False keeps of each prompt only how many tokens it has, for a file to give away. Raises TraceError
         for what cannot be written, OSError; a file that is there already is replaced only by a whole one.
         """
-        path = Path(path)
-        trace = self if prompt_ids else self._without_prompts()
-        part = path.with_name(path.name + ".part")
-        try:
-            with _open(part, "wb", _is_compressed(path)) as file:
-                for line in trace._lines():
-                    file.write(line)
-            os.replace(part, path)
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink()
-        return path
+        return _write(path, (self if prompt_ids else self._without_prompts())._lines())
 
     @classmethod
     def load(cls, path: str | Path) -> "Trace":
         """Read a trace. Raises TraceError, naming file and line, for anything that is none; FileNotFoundError."""
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"a trace is a Trace, or the path of its file, got {type(path).__name__}")
         path = Path(path)
-        metadata, events, state, number = {}, [], EngineState(), 0
+        if path.is_dir():
+            raise TraceError(f"{path} is a folder: give the name of a trace file in it")
+        metadata, events, state, number, has_begun = {}, [], EngineState(), 0, False
         try:
             with _open(path, "rb", _is_compressed(path)) as file:
                 for number, line in enumerate(file, start=1):
@@ -92,6 +86,11 @@ class Trace:
                     else:
                         events.append(_event(line))
                         state.apply(events[-1])  # an event that does not fit must not surprise a widget later
+                        has_begun |= events[-1].kind == "engine_config"
+                        if (state.gaps or not has_begun) and events[-1].kind != "engine_config":
+                            raise TraceError(f"{path}, line {number}: this does not follow from the lines before it: "
+                                             "some were left out, or are not in their order")
+                        state.gaps = 0  # but where somebody fell behind, and was told the state anew
         except TraceError:
             raise
         except (EOFError, gzip.BadGzipFile, zlib.error) as problem:
@@ -125,15 +124,28 @@ class Trace:
 
     def to_chrome(self, path: str | Path) -> Path:
         """Write it for ui.perfetto.dev or chrome://tracing: steps, the spans of each request, counters."""
-        path = Path(path)
         about = {name: value for name, value in self.metadata.items() if name != "vocabulary"}
-        path.write_bytes(_json({"traceEvents": list(chrome_events(self.events)), "displayTimeUnit": "ms",
-                                "otherData": about}))
-        return path
+        return _write(path, [_json({"traceEvents": list(chrome_events(self.events)), "displayTimeUnit": "ms",
+                                    "otherData": about})])
 
 
 def _is_compressed(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
+
+
+def _write(path: str | Path, lines: Iterable[bytes]) -> Path:
+    """A file that is there already is replaced only by a whole one."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        with _open(part, "wb", _is_compressed(path)) as file:
+            for line in lines:
+                file.write(line)
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+    return path
 
 
 @contextlib.contextmanager
@@ -165,9 +177,7 @@ def _parse(line: bytes) -> Any:
 
 def _event(line: bytes) -> Event:
     event = Event(*_parse(line))
-    for name in ("seq", "t_ns", "step"):
-        if type(getattr(event, name)) is not int:
-            raise ValueError(f"its {name} must be a whole number, got {getattr(event, name)!r}")
+    check_event(event)
     if event.kind == "tokens":
         return event._replace(a=tuple(map(tuple, event.a)))
     if event.kind == "step_begun":

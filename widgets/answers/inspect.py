@@ -34,7 +34,7 @@ OPTIONAL = ("column", "format", "bits", "file", "offset", "n")
 def check_address(address: Mapping[str, Any]) -> None:
     """Raise TinyVLLMError unless this says which value is meant."""
     kind = address.get("kind")
-    if kind not in KEYS:
+    if not isinstance(kind, str) or kind not in KEYS:
         raise TinyVLLMError(f"an address has a kind out of {', '.join(KEYS)}, got {kind!r}")
     missing = [key for key in KEYS[kind] if address.get(key) is None and key != "column"]
     if missing:

@@ -61,7 +61,12 @@ def generate_again(feed: Any, prompt: str = "", max_tokens: int = 60) -> Future:
                 "request": request_id, "text": output.outputs[0].text, "patches": len(llm.probe.patches),
                 "finish_reason": output.outputs[0].finish_reason, "prompt": prompt.strip() or _text(llm, token_ids)})
 
-    remove = source.on_output(take)
+    def give_up(error: BaseException, of: str | None) -> None:
+        if of in (None, request_id) and not done.done():
+            remove()
+            done.set_exception(TinyVLLMError(f"the text was not finished: {error}"))
+
+    remove = source.on_output(take, give_up)
     try:
         source.add({"prompt_token_ids": token_ids}, SamplingParams(temperature=0, max_tokens=max_tokens), request_id)
     except BaseException:

@@ -10,6 +10,7 @@ from widgets.frames import Payload
 from widgets.topics.base import Topic, register
 
 WINDOW_NS = 1_000_000_000  # the last second: tokens/s are counted, not guessed
+AT_ONCE = 1e9  # a rate as good as infinity, of which JSON knows nothing
 
 
 @register
@@ -48,9 +49,9 @@ class ControlTopic(Topic):
         since = source.now_ns() - WINDOW_NS
         while self._recent and self._recent[0][0] <= since:
             self._num_recent -= self._recent.popleft()[1]
-        arrivals = controls.arrivals
+        arrivals, rate = controls.arrivals, getattr(source, "rate", None)
         return {**count_requests(state), "tokens_per_s": self._num_recent,
-                "speed": source.steps_per_second, "rate": getattr(source, "rate", None), "limits": limits(source),
+                "speed": source.steps_per_second, "rate": rate and min(rate, AT_ONCE), "limits": limits(source),
                 "cannot": controls.cannot(),
                 "arrivals": {"rate": arrivals.rate, "sent": arrivals.sent,
                              "error": str(arrivals.error) if arrivals.error else None},
