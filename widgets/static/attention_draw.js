@@ -123,7 +123,7 @@ function drawCross(ctx, w, place, colour, thick) {
 
 // The tokens at both axes: all of them where there is room, else every so many; the selected and the hovered always.
 function drawLabels(ctx, w, { tokens, cell, hover, scale: s }, t) {
-  const size = Math.max(10 * s, Math.min(13 * s, w.each * 0.95)), every = Math.ceil(size * 1.1 / w.each);
+  const size = Math.max(11 * s, Math.min(13 * s, w.each * 0.95)), every = Math.ceil(size * 1.1 / w.each);
   const along = (first, count, marked, most, put) => {
     for (let position = first; position < first + count; position++) {
       const strong = marked.includes(position);

@@ -78,13 +78,14 @@ async function render({ model, el }) {
     }
     tokens.length = x.tokens_from;
     tokens.push(...x.tokens);
+    const hadRow = !cell || image.rows.has(cell.row);
     let at = 0;
     for (const position of x.positions || []) {
       image.add(position, x.full.slice(at, at + position + 1));
       at += position + 1;
     }
     if (x.request !== null && (!causal || !scaled)) askWhatIf();
-    if (x.whole) refreshCell();
+    if (x.whole || (!hadRow && image.rows.has(cell.row))) refreshCell();
     listRequests();
     changed();
   }

@@ -16,10 +16,10 @@ const BIT_LENS_STYLE = `
 .bl-cells { display: flex; }
 .bl-bit { box-sizing: border-box; width: var(--bl-cell); height: calc(var(--bl-cell) * 1.3); padding: 0; margin: 0; cursor: pointer;
   font: 600 calc(var(--bl-cell) * .68)/1 var(--jp-code-font-family, ui-monospace, monospace); border: 1px solid; border-radius: 3px; }
-.bl-caption { font-size: .8em; white-space: nowrap; color: var(--jp-ui-font-color2, #616161); }
+.bl-caption { font-size: .8em; white-space: nowrap; color: var(--tv-muted); }
 .bl-words { flex: 1 1 22em; min-width: min(22em, 100%); }
 .bl-value { font-weight: 600; overflow-wrap: anywhere; }
-.bl-rounding { color: var(--jp-ui-font-color2, #616161); font-size: .92em; }
+.bl-rounding { color: var(--tv-muted); font-size: .92em; }
 .bl-address { padding: calc(4px * var(--tv-scale, 1)) calc(8px * var(--tv-scale, 1)); margin: 4px 0; border-left: calc(4px * var(--tv-scale, 1)) solid #CC79A7; overflow-wrap: anywhere; }
 .bl-address:empty, .bl-patch[hidden] { display: none; }
 .bl-texts { display: flex; flex-wrap: wrap; gap: calc(10px * var(--tv-scale, 1)); }

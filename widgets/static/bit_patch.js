@@ -8,7 +8,7 @@ function weightPatching(ui, { addressLine, state, setBits, patternOf, letGo }) {
   const again = button("generate again", "Run the prompt once more, greedily, with the weights as they are", () => act("generating", () => generate()));
   const restore = button("restore", "Put every changed weight back", () => act("restoring", restoreIt));
   const prompt = element("input", { class: "tv-input", type: "text", value: model.get("prompt"), "aria-label": "prompt",
-    placeholder: "prompt (empty: the newest one once more)" });
+    placeholder: "prompt (empty: the newest)" });
   prompt.addEventListener("keydown", (event) => { event.stopPropagation(); if (event.key === "Enter") again.click(); });
   const status = element("div", { class: "bl-rounding", role: "status" }), results = element("div", { class: "bl-texts" });
   const tools = element("div", { class: "bl-entry" }, write, prompt, again, restore);

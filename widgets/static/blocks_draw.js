@@ -23,12 +23,13 @@ function paintCell(ctx, x, y, size, cell, lookOf, t) {
   const gap = size >= 40 ? 2 : size >= 10 ? 1 : size >= 5 ? 0.5 : 0;
   const w = size - 2 * gap;
   x += gap; y += gap;
+  ctx.lineJoin = "miter";  // whatever was painted before: a cell looks the same in any order
   if (!cell.ref) {
     ctx.fillStyle = cell.cached ? findableStyle(ctx, t) : t.raised;
     ctx.fillRect(x, y, w, w);
-    if (cell.cached && size >= 10) {
+    if (size >= 10) {
       ctx.strokeStyle = t.muted; ctx.lineWidth = 1;
-      ctx.setLineDash([3, 2]); ctx.strokeRect(x + 0.5, y + 0.5, w - 1, w - 1); ctx.setLineDash([]);
+      ctx.setLineDash(cell.cached ? [3, 2] : []); ctx.strokeRect(x + 0.5, y + 0.5, w - 1, w - 1); ctx.setLineDash([]);
     }
     return cell.cached ? "cached" : "free";
   }
@@ -41,7 +42,7 @@ function paintCell(ctx, x, y, size, cell, lookOf, t) {
     ctx.fillRect(x, y + i * h, w * cell.filled, h);
   });
   if (size >= 8) {
-    ctx.strokeStyle = lookOf(owners[0]).colour; ctx.lineWidth = 1;
+    ctx.strokeStyle = edgeOn(lookOf(owners[0]).colour, t); ctx.lineWidth = 1;
     ctx.strokeRect(x + 0.5, y + 0.5, w - 1, w - 1);
   }
   if (cell.cached && size >= 16) {  // a folded corner: the prefix cache can find it
@@ -145,13 +146,13 @@ class PoolPicture {
     const { cell } = grid, x = (i % grid.columns) * cell, y = Math.floor(i / grid.columns) * cell;
     this.ctx.clearRect(x, y, cell, cell);
     const kind = paintCell(this.ctx, x, y, cell, { ref: pool.ref[i], filled: pool.filled[i] / pool.size, cached: pool.cached[i], owners: pool.owners[i] }, lookOf, t);
-    if (cell >= 13) drawNumber(this.ctx, x, y, cell, i, pool.ref[i], t, scale);
+    if (cell >= 13) drawNumber(this.ctx, x, y, cell, i, pool.ref[i], pool.cached[i], t, scale);
     return kind;
   }
 }
 
 // How many own a shared block; from 30 pixels on, the block's own number too.
-function drawNumber(ctx, x, y, cell, i, ref, t, scale) {
+function drawNumber(ctx, x, y, cell, i, ref, cached, t, scale) {
   const large = cell >= 30;
   if (ref > 1) {
     ctx.font = `bold ${Math.min(0.5 * cell, 22 * scale)}px ${t.font}`;
@@ -161,7 +162,7 @@ function drawNumber(ctx, x, y, cell, i, ref, t, scale) {
   if (!large) return;
   ctx.textAlign = "left";
   ctx.font = `${Math.min(0.3 * cell, 14 * scale)}px ${t.font}`;
-  if (ref) outlined(ctx, String(i), x + 4, y + 0.24 * cell, t);
+  if (ref || cached) outlined(ctx, String(i), x + 4, y + 0.24 * cell, t);
   else { ctx.fillStyle = t.muted; ctx.fillText(String(i), x + 4, y + 0.24 * cell); }
 }
 
@@ -190,7 +191,7 @@ function drawTable(ctx, pool, grid, chosen, hovered, width, t, scale, lookOf) {
     grid.boxes.push(box);
     ctx.fillStyle = look.fill;
     ctx.fillRect(box.x, box.y, box.w, h);
-    ctx.strokeStyle = block === marked ? t.text : look.colour;
+    ctx.strokeStyle = block === marked ? t.text : edgeOn(look.colour, t);
     ctx.lineWidth = block === marked ? 3 : 1;
     ctx.strokeRect(box.x + 0.5, box.y + 0.5, box.w - 1, h - 1);
     outlined(ctx, String(block), box.x + box.w / 2, box.y + h / 2, t);
@@ -228,16 +229,17 @@ function drawUse(ctx, pool, selected, width, height, t, scale) {
   const room = Math.max(1, Math.floor((height - top) / h) - (tooMany ? 1 : 0));
   const at = rows.findIndex((row) => row.id === selected);
   const first = Math.max(0, Math.min(rows.length - room, at < 0 ? 0 : at - room + 1));
-  const shown = rows.slice(first, first + room), x0 = 64 * scale, w = Math.max(20, width - x0 - 2), per = w / Math.max(1, pool.most);
+  const shown = rows.slice(first, first + room), x0 = 76 * scale, w = Math.max(20, width - x0 - 2), per = w / Math.max(1, pool.most);
   shown.forEach((row, i) => {
     const y = top + i * h, look = lookOf(row.key), bar = h - 9 * scale, slots = row.table.length * pool.size;
     if (row.id === selected) { ctx.fillStyle = t.raised; ctx.fillRect(0, y - 2 * scale, width, h - 2 * scale); }
     ctx.fillStyle = look.fill; ctx.fillRect(2, y, 12 * scale, bar);
-    ctx.fillStyle = t.text; ctx.fillText(shortId(row.id).slice(0, 8), 18 * scale, y + bar / 2, x0 - 20 * scale);
+    ctx.fillStyle = t.text; ctx.fillText(cutToWidth(ctx, row.id, x0 - 22 * scale), 18 * scale, y + bar / 2);
     ctx.strokeStyle = t.muted; ctx.lineWidth = 1;
     ctx.setLineDash([4, 3]); ctx.strokeRect(x0 + 0.5, y + 0.5, w - 1, bar - 1); ctx.setLineDash([]);
     ctx.fillStyle = look.pale; ctx.fillRect(x0, y, Math.min(w, slots * per), bar);
     ctx.fillStyle = look.fill; ctx.fillRect(x0, y, Math.min(w, row.computed * per), bar);
+    if (slots) { ctx.strokeStyle = edgeOn(look.colour, t); ctx.strokeRect(x0 + 0.5, y + 0.5, Math.max(0, Math.min(w, slots * per) - 1), bar - 1); }
     ctx.textAlign = "right";
     outlined(ctx, row.table.length ? `${row.computed} in ${row.table.length} × ${pool.size}, ${slots - row.computed} wasted` : row.status, width - 6, y + bar / 2, t);
     ctx.textAlign = "left";

@@ -3,7 +3,7 @@
 
 const PART_LOOKS = {
   length: { colour: "#F0E442", hatch: 0, title: "header length" }, header: { colour: "#9e9e9e", hatch: 1, title: "JSON header" },
-  embedding: { colour: "#CC79A7", hatch: 0, title: "embedding" }, attention: { colour: "#0072B2", hatch: 0, title: "attention" },
+  embedding: { colour: "#CC79A7", hatch: 3, title: "embedding" }, attention: { colour: "#0072B2", hatch: 0, title: "attention" },
   mlp: { colour: "#E69F00", hatch: 2, title: "MLP" }, norm: { colour: "#009E73", hatch: 0, title: "norm" },
   output: { colour: "#D55E00", hatch: 1, title: "output" }, other: { colour: "#56B4E9", hatch: 3, title: "other" },
 };

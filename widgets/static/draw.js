@@ -27,7 +27,8 @@ function canvas(ui, options) {
   const invalidate = () => { if (!scheduled) scheduled = requestAnimationFrame(paint); };
   const resize = new ResizeObserver(invalidate);
   resize.observe(node);
-  ui.undo.push(() => { resize.disconnect(); cancelAnimationFrame(scheduled); });
+  window.addEventListener("resize", invalidate);  // ui.height depends on it
+  ui.undo.push(() => { resize.disconnect(); window.removeEventListener("resize", invalidate); cancelAnimationFrame(scheduled); });
   ui.undo.push(onTheme(() => { colours = null; invalidate(); }));
   ui.listen(ui.model, "change:scale", invalidate);
   ui.listen(ui.model, "change:height", invalidate);
@@ -37,24 +38,69 @@ function canvas(ui, options) {
 
 // Okabe and Ito's colours, told apart also by the colour-blind; black is left to text.
 const OKABE_ITO = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"];
-const KIND_COLOURS = { waiting: "#9e9e9e", prefill: "#E69F00", decode: "#0072B2", preempted: "#D55E00", cached: "#009E73" };
+const KIND_COLOURS = { waiting: "#858585", prefill: "#E69F00", decode: "#0072B2", preempted: "#D55E00", cached: "#009E73" };
 
-// A request's look, the same in every panel: a colour, and after seven requests a hatch as well.
+// A request's look, the same in every panel: a colour, and after seven requests a hatch as well. The green one has dots
+// from the beginning: without red it looks like the purple one, without blue like the blue one.
 function requestLook(requestId) {
   let n = Number(requestId);
   if (!Number.isInteger(n) || n < 0) {
     n = 0;
     for (const letter of String(requestId)) n = (n * 31 + letter.codePointAt(0)) >>> 0;
   }
-  return { colour: OKABE_ITO[n % OKABE_ITO.length], hatch: Math.floor(n / OKABE_ITO.length) % 4 };
+  const colour = OKABE_ITO[n % OKABE_ITO.length], round = Math.floor(n / OKABE_ITO.length);
+  return { colour, hatch: (colour === "#009E73" ? round + 3 : round) % 4 };
 }
 
-// Black or white, whichever reads better on a colour.
-function inkOn(colour) {
-  const n = parseInt(colour.slice(1), 16);
+// Relative luminance and contrast as in WCAG 2; a colour is [red, green, blue], 0 to 255.
+function brightness([r, g, b]) {
   const channel = (v) => { v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; };
-  const l = 0.2126 * channel(n >> 16) + 0.7152 * channel((n >> 8) & 255) + 0.0722 * channel(n & 255);
-  return l > 0.179 ? "#000000" : "#ffffff";
+  return 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+}
+function contrast(a, b) {
+  const [low, high] = [brightness(a), brightness(b)].sort((x, y) => x - y);
+  return (high + 0.05) / (low + 0.05);
+}
+const channelsOf = (hex) => { const n = parseInt(hex.slice(1), 16); return [n >> 16, (n >> 8) & 255, n & 255]; };
+
+// Black or white, whichever reads better on a colour, "#rrggbb".
+const inkOn = (colour) => brightness(channelsOf(colour)) > 0.179 ? "#000000" : "#ffffff";
+
+// A colour, "#rrggbb", for the edge of what it fills: darker or brighter until it stands out from the panel (3 to 1).
+const edges = new Map();
+function edgeOn(colour, t) {
+  const key = `${colour}${t.panel}`;
+  if (!edges.has(key)) {
+    const ground = paintedOver(t.panel), target = t.dark ? 255 : 0;
+    let seen = channelsOf(colour);
+    for (let i = 0; i < 20 && contrast(seen, ground) < 3; i++) seen = seen.map((v) => Math.round(v + (target - v) * 0.08));
+    edges.set(key, `rgb(${seen.join(", ")})`);
+  }
+  return edges.get(key);
+}
+
+// A line around a box, seen on any colour: the theme's text colour within a line of the panel's.
+function frame(ctx, x, y, w, h, t, scale) {
+  const out = 1.25 * scale;
+  for (const [colour, width] of [[t.panel, 3.5 * scale], [t.text, 2 * scale]]) {
+    ctx.strokeStyle = colour;
+    ctx.lineWidth = width;
+    ctx.strokeRect(x - out, y - out, w + 2 * out, h + 2 * out);
+  }
+  ctx.lineWidth = 1;
+}
+
+// A legend: [[text, paint(ctx, width, height)]], each with a swatch in CSS pixels.
+function legendSwatches(items, scale) {
+  const width = Math.round(16 * scale), height = Math.round(12 * scale), ratio = window.devicePixelRatio || 1;
+  return items.map(([text, paint]) => {
+    const picture = element("canvas", { width: width * ratio, height: height * ratio }), ctx = picture.getContext("2d");
+    ctx.scale(ratio, ratio);
+    paint(ctx, width, height);
+    const swatch = element("span", { style: { width: `${width}px`, height: `${height}px`, flex: "none",
+      background: `url(${picture.toDataURL()}) 0 0 / 100% 100%` } });
+    return element("span", { class: "tv-legend-item" }, swatch, text);
+  });
 }
 
 // A fill style: the colour, with a hatch over it (0 none, 1 rising lines, 2 falling lines, 3 dots).

@@ -194,16 +194,28 @@ async function panel(model, el, title, hint) {
   setScale();
   const listen = (target, event, handler) => { target.on(event, handler); undo.push(() => target.off(event, handler)); };
   listen(model, "change:scale", setScale);
-  let lastSpoken = 0;
+  let lastSpoken = 0, toSay = "", sayTimer = 0;
+  const speak = () => {
+    sayTimer = 0;
+    if (spoken.textContent === toSay) return;
+    lastSpoken = performance.now();
+    spoken.textContent = toSay;
+  };
+  undo.push(() => clearTimeout(sayTimer));
   const ui = {
     client, model, root, body, tools, badge, undo, listen,
     get scale() { return model.get("scale"); },
-    get height() { return model.get("height") * model.get("scale"); },
-    // Say something to a screen reader, at most every two seconds.
+    // Of the drawing, in CSS pixels. Enlarged it would leave the window of a projector: then it is as high as fits.
+    get height() {
+      const height = model.get("height");
+      return Math.min(height * model.get("scale"), Math.max(height, 0.6 * window.innerHeight));
+    },
+    // Say something to a screen reader, at most every two seconds; the last is always said.
     say(text) {
-      if (performance.now() - lastSpoken < 2000 || spoken.textContent === text) return;
-      lastSpoken = performance.now();
-      spoken.textContent = text;
+      toSay = text;
+      if (sayTimer) return;
+      const wait = lastSpoken ? 2000 - (performance.now() - lastSpoken) : 0;
+      if (wait <= 0) speak(); else sayTimer = setTimeout(speak, wait);
     },
     complain(error) {
       trouble.textContent = error ? String(error.message || error) : "";
@@ -238,27 +250,38 @@ function theme(node) {
   const style = getComputedStyle(node);
   const read = (name, fallback) => style.getPropertyValue(name).trim() || fallback;
   const background = read("--jp-layout-color0", "#ffffff");
-  const dark = luminance(background) < 0.4;
+  const dark = luminance(background) < 0.4, panel = read("--jp-layout-color1", dark ? "#111111" : "#ffffff");
+  const text = read("--jp-ui-font-color1", dark ? "#e8e8e8" : "#212121"), faint = read("--jp-border-color2", dark ? "#3c3c3c" : "#e0e0e0");
+  // As --tv-muted in kit.css: the theme's second colour alone is too pale on a raised ground.
+  const [r, g, b] = paintedOver(panel, [read("--jp-ui-font-color2", dark ? "#b0b0b0" : "#616161"), 1], [text, 0.4]);
   return {
     dark,
     background,
-    panel: read("--jp-layout-color1", dark ? "#111111" : "#ffffff"),
+    panel,
     raised: read("--jp-layout-color2", dark ? "#303030" : "#eeeeee"),
-    text: read("--jp-ui-font-color1", dark ? "#e8e8e8" : "#212121"),
-    muted: read("--jp-ui-font-color2", dark ? "#b0b0b0" : "#616161"),
+    text,
+    muted: `rgb(${r}, ${g}, ${b})`,
     line: read("--jp-border-color1", dark ? "#5a5a5a" : "#bdbdbd"),
-    faint: read("--jp-border-color2", dark ? "#3c3c3c" : "#e0e0e0"),
+    faint: dark && luminance(faint) > 0.4 ? "#5a5a5a" : faint,  // in high contrast a border is white; a grid must not be
     accent: read("--jp-brand-color1", dark ? "#64b5f6" : "#1565c0"),
     font: read("--jp-ui-font-family", "system-ui, sans-serif"),
     mono: read("--jp-code-font-family", "ui-monospace, monospace"),
   };
 }
 
-function luminance(colour) {
+// What is seen of a colour with others, each [colour, opacity], painted over it: [red, green, blue], 0 to 255.
+function paintedOver(colour, ...layers) {
   const probe = element("canvas", { width: 1, height: 1 }).getContext("2d", { willReadFrequently: true });
-  probe.fillStyle = colour;
-  probe.fillRect(0, 0, 1, 1);
-  const [r, g, b] = probe.getImageData(0, 0, 1, 1).data;
+  for (const [fill, opacity] of [[colour, 1], ...layers]) {
+    probe.fillStyle = fill;
+    probe.globalAlpha = opacity;
+    probe.fillRect(0, 0, 1, 1);
+  }
+  return [...probe.getImageData(0, 0, 1, 1).data.slice(0, 3)];
+}
+
+function luminance(colour) {
+  const [r, g, b] = paintedOver(colour);
   return (0.2126 * r + 0.7152 * g + 0.0722 * b) / 255;
 }
 

@@ -138,12 +138,16 @@ function drawRoofline(ctx, box, dots, roofs, t, s) {
     const isFree = ([a, b]) => a >= left && a + width <= right && b > top && b < bottom
       && !taken.some((o) => a < o[0] + o[2] && o[0] < a + width && Math.abs(b - o[1]) < 12 * s)
       && !places.some((p) => p.dot !== dot && p.x > a - 5 * s && p.x < a + width + 5 * s && Math.abs(p.y - b) < 9 * s);
-    const spot = [[x + 9 * s, y], [x - 9 * s - width, y], [x - width / 2, y - 14 * s], [x - width / 2, y + 14 * s]]
-      .find(isFree);
-    if (!spot && !dot.chosen) continue;
-    const [a, b] = spot || [x + 9 * s, y];
+    const spots = [[x + 9 * s, y], [x - 9 * s - width, y], [x - width / 2, y - 14 * s], [x - width / 2, y + 14 * s]];
+    // The chosen operation is named whatever is there, as long as it lies within the picture.
+    const [a, b] = spots.find(isFree) || (dot.chosen && spots.find(([at]) => at >= left && at + width <= right)) || [];
+    if (a === undefined) continue;
     taken.push([a, b, width]);
     ctx.textAlign = "left";
+    ctx.lineWidth = 3 * s;   // a ground of its own, where it crosses a roof or the grid
+    ctx.lineJoin = "round";
+    ctx.strokeStyle = t.panel;
+    ctx.strokeText(dot.label, a, b);
     ctx.fillStyle = t.text;
     ctx.fillText(dot.label, a, b);
   }

@@ -17,14 +17,14 @@ function comparisonLayout(runs, height, scale) {
 
 const share = (part, whole) => whole ? `${Math.round(100 * part / whole)}%` : "-";
 
-// Stripes for seats that stand empty: red while somebody waits, grey while nobody does.
-function emptySeat(ctx, colour) {
+// Seats that stand empty: red stripes while somebody waits, grey dots while nobody does.
+function emptySeat(ctx, wasted, colours) {
   const tile = element("canvas", { width: 8, height: 8 }), c = tile.getContext("2d");
-  c.strokeStyle = colour;
-  c.lineWidth = 1.2;
+  c.strokeStyle = c.fillStyle = wasted ? (colours.dark ? "#ff8a50" : "#D55E00") : colours.muted;
+  c.lineWidth = 1.8;
   c.beginPath();
-  c.moveTo(-2, 2); c.lineTo(2, -2); c.moveTo(0, 8); c.lineTo(8, 0); c.moveTo(6, 10); c.lineTo(10, 6);
-  c.stroke();
+  if (wasted) { c.moveTo(-2, 2); c.lineTo(2, -2); c.moveTo(0, 8); c.lineTo(8, 0); c.moveTo(6, 10); c.lineTo(10, 6); c.stroke(); }
+  else { c.arc(4, 4, 1, 0, 2 * Math.PI); c.fill(); }
   return ctx.createPattern(tile, "repeat");
 }
 
@@ -57,9 +57,9 @@ function drawRun(ctx, scene, run, place, width, colours, drawn) {
   ctx.fillStyle = colours.text;   // arrivals: the same in every run
   for (const arrival of run.arrivals) ctx.fillRect(x(arrival[axis]), floor - 2 * scale, Math.max(1, scale), 5 * scale);
 
-  ctx.fillStyle = emptySeat(ctx, colours.dark ? "#7a7a7a" : "#a8a8a8");
+  ctx.fillStyle = emptySeat(ctx, false, colours);
   ctx.fillRect(begin, place.seats, end - begin, run.seats * row);
-  const red = emptySeat(ctx, colours.dark ? "#ff8a50" : "#D55E00");
+  const red = emptySeat(ctx, true, colours);
   for (const [from, to, count] of segments) {
     const left = Math.max(begin, x(from)), right = Math.min(end, x(to));
     if (!count || right <= left) continue;
@@ -83,6 +83,8 @@ function drawRun(ctx, scene, run, place, width, colours, drawn) {
       const text = fitted(ctx, bar.id, to - decode - 12);
       if (text) {
         const size = ctx.measureText(text).width + 6;
+        ctx.fillStyle = colours.panel;   // a gap, or the name would look like a part of the bar
+        ctx.fillRect(decode, top, size + 4, inner);
         ctx.fillStyle = hatched(ctx, look.colour, look.hatch);
         ctx.fillRect(decode + 2, top, size, inner);
         if (look.hatch) { ctx.fillStyle = look.colour; ctx.fillRect(decode + 4, top + 1, size - 4, inner - 2); }
@@ -93,10 +95,7 @@ function drawRun(ctx, scene, run, place, width, colours, drawn) {
     if (bar.id === scene.selected) chosen.push([from, top, wide, inner]);
     drawn.push({ run: run.name, bar, x: from, y: top, w: wide, h: row });
   }
-  ctx.strokeStyle = colours.accent;
-  ctx.lineWidth = 2.5 * scale;
-  for (const box of chosen) ctx.strokeRect(...box);
-  ctx.lineWidth = 1;
+  for (const box of chosen) frame(ctx, ...box, colours, scale);
   ctx.fillStyle = colours.text;
   ctx.fillRect(end - 1, place.seats - 2 * scale, 2, run.seats * row + 2 * scale);
   if (width - end > 90 * scale) {
@@ -107,8 +106,7 @@ function drawRun(ctx, scene, run, place, width, colours, drawn) {
 
 async function render({ model: traits, el }) {
   const ui = await panel(traits, el, "Same arrivals, different scheduling",
-    "One row a seat, one bar a request. Striped: seats that stood empty, red while somebody was waiting. The grey curve is the queue, " +
-    "its marks are arrivals. Click a request to find it in every run. Keys: up and down choose a request, T changes the axis.");
+    "One row a seat, one bar a request. The grey curve is the queue, its marks are arrivals. Click a request to find it in every run. Keys: up and down choose a request, T changes the axis.");
   const client = ui.client;
   let axis = traits.get("axis"), drawn = [];
   const runs = () => traits.get("figures").runs || [];
@@ -138,6 +136,19 @@ async function render({ model: traits, el }) {
     Object.assign(picture.node.dataset, { runs: runs().length, bars: drawn.length, axis, low, high, perUnit });
   } });
   const node = picture.node;
+
+  const legend = element("div", { class: "tv-legend" });
+  const plain = (kind) => (ctx, width, height) => { ctx.fillStyle = KIND_COLOURS[kind]; ctx.fillRect(0, 0, width, height); };
+  const empty = (wasted) => (ctx, width, height) => {
+    ctx.fillStyle = emptySeat(ctx, wasted, theme(ui.root));
+    ctx.fillRect(0, 0, width, height);
+  };
+  const setLegend = () => legend.replaceChildren(...legendSwatches([["prefill", plain("prefill")], ["decode", plain("decode")],
+    ["a seat stands empty while somebody waits", empty(true)], ["empty, and nobody waits", empty(false)]], ui.scale));
+  setLegend();
+  ui.undo.push(onTheme(setLegend));
+  ui.listen(traits, "change:scale", setLegend);
+  ui.body.append(legend);
 
   const table = element("table", { class: "tv-comparison", style: { borderCollapse: "collapse", margin: "6px 0",
     fontVariantNumeric: "tabular-nums" } });

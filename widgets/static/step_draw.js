@@ -48,10 +48,11 @@ function drawBatchAndTime(ctx, width, step, slowed, s, t) {
   ctx.fillRect(border, y2, runner / all * width, h2);
   const share = `${Math.round(100 * runner / all)}%${slowed ? ", slowed by being taken apart" : ""}`;
   const words = (step.runner === null ? "the runner is at work" : `runner ${asTime(runner * 1e6)} (${share})`)
-    + (step.before === null ? "" : `; since the step before ${asTime(before * 1e6)}: text and scheduling, or waiting `
-      + "(idle, paused, speed limit)");
+    + (step.before === null ? "" : `; since the step before ${asTime(before * 1e6)}`);
+  const more = step.before === null ? [""] : [": text and scheduling, or waiting (idle, paused, speed limit)", ": text, scheduling, waiting", ""];
+  const said = more.map((end) => words + end).find((text) => ctx.measureText(text).width <= width) ?? cutToWidth(ctx, words, width);
   ctx.fillStyle = t.text;
-  ctx.fillText(cutToWidth(ctx, words, width), 0, y2 + h2 + 11 * s);
+  ctx.fillText(said, 0, y2 + h2 + 11 * s);
   return { drawn, runnerShare: runner / all };
 }
 
@@ -71,7 +72,7 @@ function drawOperations(ctx, width, p, chosen, s, t) {
   ctx.font = inFont(t, s, 12, "600");
   ctx.fillStyle = t.text;
   ctx.fillText(cutToWidth(ctx, `step ${step} taken apart: ${asTime(sum)} in ${plural(names.length, "operation")}`, width), 0, 9 * s);
-  ctx.font = inFont(t, s, 10);
+  ctx.font = inFont(t, s, 11);
   ctx.fillStyle = t.muted;
   ctx.textAlign = "right";
   ctx.fillText("layer", name - 6 * s, 30 * s);
@@ -108,7 +109,7 @@ function drawOperations(ctx, width, p, chosen, s, t) {
   });
   ctx.textAlign = "left";
   ctx.fillStyle = t.muted;
-  ctx.font = inFont(t, s, 10);
+  ctx.font = inFont(t, s, 11);
   const foot = `${device || "device not said"}; clock: ${clock || "not said"}`;
   ctx.fillText(cutToWidth(ctx, foot, width), 0, top + names.length * line + 12 * s);
 }

@@ -7,12 +7,23 @@ function timelineDetails(ui, model) {
   const client = ui.client;
   const status = element("div", { class: "tv-timeline-status",
     style: { margin: "0 0 4px", fontVariantNumeric: "tabular-nums" } });
-  const legend = element("div", { class: "tv-muted", style: { display: "flex", flexWrap: "wrap", gap: "0 1em", margin: "5px 0" } });
-  for (const [kind, text] of [["waiting", "waiting"], ["prefill", "prefill chunk"], ["cached", "prefix found in cache"],
-    ["decode", "decode"], ["preempted", "preempted"]]) {
-    legend.append(element("span", {}, element("span", { style: { display: "inline-block", width: "0.9em", marginRight: "0.35em",
-      height: THIN[kind] < 0.5 ? "0.35em" : "0.8em", background: KIND_COLOURS[kind], verticalAlign: "middle" } }), text));
-  }
+  const legend = element("div", { class: "tv-legend" });
+  const fill = (kind, tall, hatch, alpha) => (ctx, width, height) => {
+    ctx.fillStyle = hatched(ctx, KIND_COLOURS[kind], hatch || 0);
+    ctx.globalAlpha = alpha || 1;
+    ctx.fillRect(0, height * (1 - tall) / 2, width, height * tall);
+  };
+  const chunk = (ctx, width, height) => {
+    fill("prefill", 0.6, 0, 0.3)(ctx, width, height);
+    ctx.globalAlpha = 1;
+    ctx.fillRect(0, 0, width * 0.4, height);
+  };
+  const mark = (ctx, width, height) => fill("cached", 1)(ctx, width * 0.3, height);
+  const setLegend = () => legend.replaceChildren(...legendSwatches([["waiting", fill("waiting", THIN.waiting)],
+    ["prefill, chunk by chunk", chunk], ["prefix found in cache", mark], ["decode", fill("decode", 1)],
+    ["preempted", fill("preempted", 0.7, 2)]], ui.scale));
+  setLegend();
+  ui.listen(ui.model, "change:scale", setLegend);
   ui.body.prepend(status);
   const info = element("div", { style: { display: "flex", flexWrap: "wrap", gap: "0.5em 2em", alignItems: "flex-start" } });
   ui.body.append(legend, info);

@@ -1,7 +1,7 @@
 // How the timeline is drawn. Everything on the canvas comes from the model; what was drawn is returned, so that clicks and
 // tests can ask it.
 
-const FAILED = "#b00020";
+const FAILED = "#b00020", FAILED_ON_DARK = "#ff8a80";
 const THIN = { waiting: 0.4, preempted: 0.4, prefill: 0.6, decode: 1 };   // height of a span, as a share of its row
 
 function timelineLayout(height, scale) {
@@ -96,7 +96,7 @@ function drawStrip(ctx, scene, width, colours) {
     const inner = w >= 4 ? w - 1 : w;
     if (decode) { ctx.fillStyle = KIND_COLOURS.decode; ctx.fillRect(x, bottom - decode, inner, decode); }
     if (prefill) { ctx.fillStyle = KIND_COLOURS.prefill; ctx.fillRect(x, bottom - decode - prefill, inner, prefill); }
-    if (steps.failed[i]) { ctx.fillStyle = FAILED; ctx.fillRect(x, layout.stripTop, Math.max(2, inner), full); }
+    if (steps.failed[i]) { ctx.fillStyle = colours.dark ? FAILED_ON_DARK : FAILED; ctx.fillRect(x, layout.stripTop, Math.max(2, inner), full); }
   };
   let columns = 0;
   for (let i = from; i < to; i++) {
@@ -144,6 +144,10 @@ function drawRequest(ctx, scene, request, top, row, width, colours, counts) {
     ctx.globalAlpha = span.kind === "prefill" ? 0.3 : 1;
     ctx.fillRect(left, middle - tall / 2, wide, tall);
     ctx.globalAlpha = 1;
+    if (span.kind === "prefill" && tall >= 6) {   // so pale a band needs edges
+      ctx.fillStyle = edgeOn(KIND_COLOURS.prefill, colours);
+      for (const y of [middle - tall / 2, middle + tall / 2 - 1]) ctx.fillRect(left, y, wide, 1);
+    }
     counts.bars += 1;
     if (isNaN(span.end)) counts.open += 1;
   }
@@ -167,14 +171,14 @@ function drawRequest(ctx, scene, request, top, row, width, colours, counts) {
     }
   }
   if (!isNaN(request.end) && end > 0 && end < width + 4) {
-    ctx.fillStyle = request.status === "abort" ? FAILED : colours.text;
+    ctx.fillStyle = request.status !== "abort" ? colours.text : colours.dark ? FAILED_ON_DARK : FAILED;
     ctx.fillRect(end - 1, middle - inner / 2, Math.max(2, 2 * scale), inner);
   }
   return { request, x: begin, y: middle - inner / 2, w: end - begin, h: inner };
 }
 
 // The name of a request in its colour: left of its bar if there is room, else at the beginning of what can be seen of it;
-// and behind the bar, how it ended. before, after: where the neighbours in the lane end and begin. Returns its left edge.
+// and behind the bar, how it ended. before, after: where the neighbours in the lane end and begin. Returns [left, right].
 function drawName(ctx, scene, box, width, colours, before, after) {
   const { scale } = scene, { request } = box, { colour, hatch } = request.look;
   const right = Math.min(width, box.x + box.w), middle = box.y + box.h / 2 + 0.5;
@@ -182,7 +186,7 @@ function drawName(ctx, scene, box, width, colours, before, after) {
     const wide = Math.min(6 * scale, Math.max(2, right - Math.max(0, box.x)));
     ctx.fillStyle = hatched(ctx, colour, hatch);
     ctx.fillRect(Math.max(0, box.x), box.y, wide, box.h);
-    return box.x;
+    return [box.x, box.x];
   }
   ctx.font = `600 ${Math.min(12 * scale, box.h * 0.78)}px ${colours.font}`;
   ctx.textAlign = "left";
@@ -194,6 +198,8 @@ function drawName(ctx, scene, box, width, colours, before, after) {
     if (room < wide) text = room > 14 * scale ? fitted(ctx, text, room - 8) : "";
     wide = text ? ctx.measureText(text).width + 8 : Math.min(6 * scale, Math.max(3, right - left));
   }
+  ctx.fillStyle = colours.panel;   // a gap, or the name would look like a part of the bar
+  ctx.fillRect(left - 1, box.y, wide + 1 + 2 * scale, box.h);
   ctx.fillStyle = hatched(ctx, colour, hatch);
   ctx.fillRect(left, box.y, wide, box.h);
   if (text) {
@@ -208,11 +214,11 @@ function drawName(ctx, scene, box, width, colours, before, after) {
     const x = Math.max(box.x + box.w, left + wide) + 5 * scale;
     ctx.font = `${Math.min(11 * scale, box.h * 0.75)}px ${colours.font}`;
     if (x > 0 && x + ctx.measureText(request.status).width < Math.min(width, after - 4)) {
-      ctx.fillStyle = request.status === "abort" ? (colours.dark ? "#ff8a80" : FAILED) : colours.muted;
+      ctx.fillStyle = request.status === "abort" ? (colours.dark ? FAILED_ON_DARK : FAILED) : colours.muted;
       ctx.fillText(request.status, x, middle);
     }
   }
-  return left;
+  return [left, left + wide];
 }
 
 function drawLanes(ctx, scene, width, colours) {
@@ -229,6 +235,7 @@ function drawLanes(ctx, scene, width, colours) {
     const box = drawRequest(ctx, scene, request, top, row, width, colours, counts);
     if (box) counts.boxes.push(box);
   }
+  let chosen = null;
   const right = new Map(), left = new Map();   // in a lane, what the right neighbour begins with, and the left one ends with
   for (const box of counts.boxes) {
     box.before = left.has(box.request.lane) ? left.get(box.request.lane) : -Infinity;
@@ -236,14 +243,11 @@ function drawLanes(ctx, scene, width, colours) {
   }
   for (let i = counts.boxes.length - 1; i >= 0; i--) {
     const box = counts.boxes[i], { lane } = box.request;
-    right.set(lane, drawName(ctx, scene, box, width, colours, box.before, right.has(lane) ? right.get(lane) : Infinity));
-    if (box.request.id === selection.request) {
-      ctx.strokeStyle = colours.accent;
-      ctx.lineWidth = 2 * scale;
-      ctx.strokeRect(box.x - 1, box.y - 1, box.w + 2, box.h + 2);
-      ctx.lineWidth = 1;
-    }
+    const name = drawName(ctx, scene, box, width, colours, box.before, right.has(lane) ? right.get(lane) : Infinity);
+    right.set(lane, name[0]);
+    if (box.request.id === selection.request) chosen = [Math.min(name[0], box.x), Math.max(name[1], box.x + box.w), box];
   }
+  if (chosen) frame(ctx, chosen[0], chosen[2].y, chosen[1] - chosen[0], chosen[2].h, colours, scale);
   ctx.restore();
   const space = layout.height - layout.lanesTop, content = view.lanes * row;
   if (content > space + 1) {

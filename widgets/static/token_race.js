@@ -177,6 +177,8 @@ async function render({ model, el }) {
   ui.undo.push(client.onLive((live) => { if (live.state !== told) { told = live.state; bars.refresh(); } }));
   const setHeight = () => { grid.style.maxHeight = `${ui.height}px`; ui.root.classList.toggle("tv-large", ui.scale >= 1.5); };
   setHeight();
+  window.addEventListener("resize", setHeight);
+  ui.undo.push(() => window.removeEventListener("resize", setHeight));
   ui.listen(model, "change:height", setHeight);
   ui.listen(model, "change:scale", setHeight);
   let end = null;

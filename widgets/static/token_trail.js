@@ -35,6 +35,7 @@ async function render({ model, el }) {
       element("small", { text: token.id }));
     if (token.special) node.dataset.special = "";
     else node.style.backgroundColor = TOKEN_COLOURS[(token.piece === null ? token.at : token.piece) % TOKEN_COLOURS.length];
+    if (token.piece !== null && token.at && tokens[token.at - 1]?.piece !== token.piece) node.dataset.begins = "";
     if (token.hex) node.dataset.split = "";
     node.setAttribute("aria-label", `${token.text === null ? "token" : token.text}, id ${token.id}`);
     return node;
@@ -223,6 +224,8 @@ async function render({ model, el }) {
   const setHeight = () => { strip.style.maxHeight = `${ui.height}px`; };
   ui.listen(model, "change:mode", setMode);
   ui.listen(model, "change:text", setText);
+  window.addEventListener("resize", setHeight);
+  ui.undo.push(() => window.removeEventListener("resize", setHeight));
   ui.listen(model, "change:height", setHeight);
   ui.listen(model, "change:scale", setHeight);
   ui.undo.push(client.onSelection(() => {
