@@ -35,9 +35,9 @@ class Bench:
         self.numbers, self.draw, self.output_tokens = itertools.count(), random.Random(0), output_tokens
         inner = self.llm.engine.step
 
-        def step():
+        def step(**options):
             self.begins.append(time.perf_counter_ns())
-            return inner()
+            return inner(**options)
 
         self.llm.engine.step = step
         self.live.on_output(lambda output: self.add() if output.finished else None)

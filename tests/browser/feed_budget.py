@@ -53,9 +53,9 @@ def one_more():
 live.on_output(lambda output: one_more() if output.finished else None)
 begins, inner = [], llm.engine.step
 
-def step():
+def step(**options):
     begins.append(time.perf_counter_ns())
-    return inner()
+    return inner(**options)
 
 llm.engine.step = step
 for _ in range({requests}):
@@ -112,8 +112,8 @@ def _run(device: str, requests: int, seconds: float, rounds: int, core: int | No
         page = lab.open("budget.ipynb", height=2600)
         page.run_all()
         page.page.wait_for_selector(".tv-panel", timeout=30_000)
-        while int(page.python("print(len(begins))")) < 500:  # kernels may have to be compiled
-            page.page.wait_for_timeout(500)
+        while int(page.python("assert live.error is None, live.error\nprint(len(begins))")) < 500:  # kernels may have to
+            page.page.wait_for_timeout(500)  # be compiled
         measure(page, "six panels visible", 3)  # once for everybody to warm up
         taken = {phase: [] for phase in PHASES}
         for i in range(rounds):
