@@ -32,7 +32,15 @@ from tinyvllm.kernels import (  # noqa: E402
     softmax,
     spin,
 )
-from tinyvllm.kernels.attention import combine, decode, decode_simple, pool, prefill, prefill_simple  # noqa: E402
+from tinyvllm.kernels.attention import (  # noqa: E402
+    combine,
+    decode,
+    decode_simple,
+    pool,
+    prefill,
+    prefill_simple,
+    prefill_wgmma,
+)
 from tinyvllm.kernels.attention import rows as attention_rows  # noqa: E402
 from tinyvllm.kernels.fused import greedy, rope_write, rows, take_sampled  # noqa: E402
 from tinyvllm.kernels.gemm import cublas, few_rows, gemv, naive, skinny, tensor_core, tiled, wgmma  # noqa: E402
@@ -108,11 +116,19 @@ HOPPER = {**{f"skinny_{name}_{rows}": lambda rows=rows, n=n, k=k, after=after, s
              *skinny.choose_shape(rows, n, k, size, 132), after, size)
              for name, (n, k, after, size) in LAYER.items() for rows in (16, 64, 128, 256)},
           **{f"wgmma_{n}_{after}": lambda n=n, after=after: wgmma.wgmma_kernel(n, after)
-             for n, after in ((256, "plain"), (256, "silu"), (192, "plain"), (128, "add"), (256, "add"))}}
+             for n, after in ((256, "plain"), (256, "silu"), (192, "plain"), (128, "add"), (256, "add"))},
+          **{f"prefill_{d}_{group}_{page}": lambda d=d, group=group, page=page: prefill_wgmma.prefill_wgmma_kernel(
+             d, group, page, *prefill_wgmma.choose_shape(d))
+             for d, group, page in ((64, 4, 16), (64, 7, 16), (64, 1, 64), (128, 4, 16), (128, 8, 32))},
+          # other shapes of tile that fit, to be compared with those
+          "prefill_64_two": lambda: prefill_wgmma.prefill_wgmma_kernel(64, 4, 16, 2, 128, 5, 1),
+          "prefill_64_three": lambda: prefill_wgmma.prefill_wgmma_kernel(64, 4, 16, 3, 80, 6, 1),
+          "prefill_128_shorter": lambda: prefill_wgmma.prefill_wgmma_kernel(128, 4, 16, 2, 64, 5, 1)}
 
 
-def assemble(kernel, signature, capability):
-    """(PTX, registers a thread, bytes of spills, bytes of stack) of a kernel."""
+def assemble(kernel, signature, capability, overlapped=False):
+    """(PTX, registers a thread, bytes of spills, bytes of stack) of a kernel. overlapped: its wgmma products must be
+    able to run beside other work, which the assembler gives up for a call (a division is one) or too few registers."""
     ptx, _ = cuda.compile_ptx(kernel.py_func, signature, cc=capability, **kernel.options)
     options = cuda_core.LinkerOptions(arch="sm_" + "".join(map(str, capability)), ptxas_options=["-v"])
     linker = cuda_core.Linker(cuda_core.ObjectCode.from_ptx(ptx.encode()), options=options)
@@ -123,6 +139,7 @@ def assemble(kernel, signature, capability):
                                r"(\d+) bytes spill loads", r"(\d+) bytes stack frame")
                for n in re.findall(pattern, log)[:1]]
     assert len(numbers) == 4, f"the assembler's report has changed:\n{log}"
+    assert not overlapped or "serialized" not in log, log
     registers, stores, loads, stack = numbers
     return ptx, registers, stores + loads, stack
 
@@ -173,7 +190,8 @@ def test_fused_kernels_keep_everything_in_registers(name, dependent, capability)
 @pytest.mark.parametrize("name", HOPPER)
 def test_hopper_kernels_keep_their_sums_in_registers(name):
     kernel = HOPPER[name]()
-    ptx, registers, spills, stack = assemble(kernel, kernel.numba_signature(), (9, 0, "a"))
+    ptx, registers, spills, stack = assemble(kernel, kernel.numba_signature(), (9, 0, "a"),
+                                             overlapped=name.startswith(("wgmma", "prefill")))
     assert spills == 0 and stack == 0 and ".local" not in ptx
     threads, blocks = kernel.options["launch_bounds"]
     warps = -(-threads // 32 * blocks // 4)  # on each of a multiprocessor's four parts, which has 16,384 registers
@@ -182,6 +200,20 @@ def test_hopper_kernels_keep_their_sums_in_registers(name):
     assert "wgmma.mma_async.sync.aligned.m64n" in ptx and "cp.async.bulk.tensor.2d.shared::cluster" in ptx
     if name.startswith("skinny"):
         assert ptx.index("cp.async.bulk.tensor") < ptx.index("griddepcontrol.wait"), "weights are asked for before it"
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_prefill_computes_exponentials_while_products_are_under_way(head_dim):
+    """The compiler has moved none of them behind the wait for the outputs, nor scores ahead of the one for them."""
+    kernel = prefill_wgmma.prefill_wgmma_kernel(head_dim, 4, 16, *prefill_wgmma.choose_shape(head_dim))
+    scores = prefill_wgmma.choose_shape(head_dim)[1] // 2
+    ptx = assemble(kernel, kernel.numba_signature(), (9, 0, "a"))[0]
+    loop = ptx.split("wgmma.wait_group.sync.aligned 1;")
+    assert len(loop) == 2, "one place waits for one of two products"
+    ahead, softmax = loop[0], loop[1].split("wgmma.wait_group.sync.aligned 0;")[0]
+    assert softmax.count("ex2.approx") >= scores + 2 and softmax.count("fma.rn") >= scores
+    last_two = ahead.split("wgmma.commit_group")[-3:]
+    assert all("wgmma.mma_async" in part and "ex2" not in part for part in last_two[1:2])
 
 
 def test_the_measuring_kernels_do_nothing_but_what_they_measure():

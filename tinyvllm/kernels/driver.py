@@ -20,6 +20,7 @@ Everything here runs in numba's context of the current device. Errors raise Runt
 import contextlib
 import ctypes
 import functools
+import math
 import struct
 import sys
 from ctypes import byref, c_char, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
@@ -202,17 +203,19 @@ def pinned_buffer(size: int):
     return (c_char * size).from_address(address.value)
 
 
-def tensor_map_bytes(address: int, rows: int, columns: int, box_rows: int, box_columns: int = 64) -> bytes:
-    """The 128 bytes that describe a row-major bf16 matrix to the tensor copy engine (TMA).
+def tensor_map_bytes(address: int, shape: tuple[int, ...], box: tuple[int, ...]) -> bytes:
+    """The 128 bytes that describe a C-contiguous bf16 array to the tensor copy engine (TMA).
 
-    A copy brings box_rows x box_columns values into shared memory, swizzled over 128 bytes; what lies outside
-    the matrix reads as zero and is not written.
+    A copy brings `box` values (at most 256 along an axis, 64 along the last) into shared memory, swizzled over 128
+    bytes; what lies outside the array reads as zero and is not written.
     """
+    axes = len(shape)
+    pitches = [2 * math.prod(shape[axis + 1:]) for axis in range(axes - 1)]  # bytes; the engine's axes run backwards
     opaque = (c_uint64 * 32)()
     aligned = (ctypes.addressof(opaque) + 63) // 64 * 64  # the driver wants 64-byte alignment
     bf16, none, swizzle_128, promote_256 = 9, 0, 3, 3
     check(driver().cuTensorMapEncodeTiled(
-        c_void_p(aligned), c_int(bf16), c_uint(2), c_void_p(address), (c_uint64 * 2)(columns, rows),
-        (c_uint64 * 1)(2 * columns), (c_uint * 2)(box_columns, box_rows), (c_uint * 2)(1, 1), c_int(none),
-        c_int(swizzle_128), c_int(promote_256), c_int(none)), "describing a matrix to the copy engine")
+        c_void_p(aligned), c_int(bf16), c_uint(axes), c_void_p(address), (c_uint64 * axes)(*reversed(shape)),
+        (c_uint64 * (axes - 1))(*reversed(pitches)), (c_uint * axes)(*reversed(box)), (c_uint * axes)(*[1] * axes),
+        c_int(none), c_int(swizzle_128), c_int(promote_256), c_int(none)), "describing an array to the copy engine")
     return ctypes.string_at(aligned, 128)

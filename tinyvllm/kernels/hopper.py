@@ -1,6 +1,6 @@
 """Instructions of compute capability 9.0a, for use inside CUDA kernels: the copy engine, barriers, wgmma, clusters.
 
-Three ideas, which gemm/skinny.py and gemm/wgmma.py are made of:
+Three ideas, which gemm/skinny.py, gemm/wgmma.py and attention/prefill_wgmma.py are made of:
 
     copy engine   one thread asks for a whole box of a matrix (tensor_load); it arrives in shared memory in the
     (TMA)         swizzled layout that the tensor cores read, and reports to a barrier there. The matrix is described
@@ -19,8 +19,9 @@ Source: NVIDIA, "Parallel Thread Execution ISA", sections on cp.async.bulk.tenso
 from tinyvllm.kernels import ptx
 from tinyvllm.kernels.ptx import INLINE, instruction
 
-__all__ = ["sequence", "zeros", "multiply_64", "multiply_wait_all", "multiply_wait_one", "barrier_init",
-           "barrier_expect", "barrier_arrive", "barrier_wait", "barriers_ready", "tensor_load", "tensor_load_once",
+__all__ = ["sequence", "zeros", "multiply_64", "multiply_wait", "multiply_wait_all", "multiply_wait_one",
+           "barrier_init", "barrier_expect", "barrier_arrive", "barrier_arrive_where_0", "barrier_wait",
+           "barriers_ready", "tensor_load", "tensor_load_3d", "tensor_load_once",
            "tensor_map_acquire", "tensor_store", "tensor_add", "stores_commit", "stores_read", "stores_done",
            "shared_to_engine", "cluster_arrive", "cluster_wait", "cluster_leave", "cluster_sum", "put_sums",
            "descriptor", "group_barrier", "emit"]
@@ -76,7 +77,9 @@ def sequence(outputs: str, inputs: str, build):
     names = "".join(f", a{i}" for i in range(len(arguments)))
     namespace = {"result": (call_signature, codegen)}
     exec(f"def ptx_sequence(typingctx{names}):\n    return result\n", namespace)  # noqa: S102
-    return intrinsic(namespace["ptx_sequence"])
+    function = intrinsic(namespace["ptx_sequence"])
+    function.sequence = outputs, inputs, build  # for those who read kernels: the emulator of the tests
+    return function
 
 
 def zeros(count: int):
@@ -91,6 +94,9 @@ barriers_ready = instruction("fence.mbarrier_init.release.cluster; fence.proxy.a
 # one arrival, and so many bytes to come
 barrier_expect = instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "", "u32 u32", memory=True)
 barrier_arrive = instruction("mbarrier.arrive.shared::cta.b64 _, [$0];", "", "u32", memory=True)
+# (barrier, number): only threads whose number is 0 arrive; no branch, so the compiler keeps products under way
+barrier_arrive_where_0 = instruction("{ .reg .pred P; setp.eq.u32 P, $1, 0; "
+                                     "@P mbarrier.arrive.shared::cta.b64 _, [$0]; }", "", "u32 u32", memory=True)
 barrier_wait = instruction("{ .reg .pred P; W: mbarrier.try_wait.parity.shared::cta.b64 P, [$0], $1, 0x989680; "
                            "@P bra D; bra W; D: }", "", "u32 u32", memory=True, volatile=True)
 # a barrier of 128 threads, by number (0 is syncthreads)
@@ -100,6 +106,9 @@ group_barrier = instruction("bar.sync $0, 128;", "", "u32", memory=True, volatil
 
 _LOAD = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
 tensor_load = instruction(f"{_LOAD} [$0], [$1, {{$2, $3}}], [$4];", "", "u32 u64 u32 u32 u32", memory=True)
+# of a map with three axes: (shared address, map, column, row, plane, barrier)
+tensor_load_3d = instruction(f"{_LOAD.replace('2d', '3d')} [$0], [$1, {{$2, $3, $4}}], [$5];", "",
+                             "u32 u64 u32 u32 u32 u32", memory=True)
 # for weights: they are not wanted again before they have been pushed out of L2 anyway ("evict first")
 tensor_load_once = instruction("{ .reg .b64 hint; mov.b64 hint, 0x12F0000000000000; "
                                f"{_LOAD}.L2::cache_hint [$0], [$1, {{$2, $3}}], [$4], hint; }}", "",
@@ -147,11 +156,26 @@ def multiply_64(N: int):
     return sequence(f"f32*{count}", f"f32*{count} u64 u64", build)
 
 
+def multiply_wait(count: int, under_way: int = 0, also: str = ""):
+    """sums = wait(sums, ...): until at most so many products are under way; `count` registers.
+
+    also: types of further arguments. They are only looked at, which keeps them where they are until the wait (the
+    registers that a product reads), or what makes them ahead of it.
+    """
+    types_of_also = " ".join(f"{name} " * int(times or 1) for name, _, times in
+                             (word.partition("*") for word in also.split()))
+
+    def build(builder, sums, *others):
+        return emit(builder, f"wgmma.wait_group.sync.aligned {under_way};", "f32 " * count,
+                    "f32 " * count + types_of_also, sums + [value for other in others for value in other], tied=count,
+                    memory=True, volatile=True)
+
+    return sequence(f"f32*{count}", f"f32*{count} {also}", build)
+
+
 def multiply_wait_all(count: int):
     """sums = wait(sums): until no product is under way; `count` registers."""
-    return sequence(f"f32*{count}", f"f32*{count}", lambda builder, sums: emit(
-        builder, "wgmma.wait_group.sync.aligned 0;", "f32 " * count, "f32 " * count, sums, tied=count, memory=True,
-        volatile=True))
+    return multiply_wait(count)
 
 
 multiply_wait_one = instruction("wgmma.wait_group.sync.aligned 1;", "", "", memory=True, volatile=True)

@@ -40,7 +40,7 @@ __all__ = ["widen_cuda", "narrow_cuda", "instruction", "mma_m16n8k16", "ldmatrix
            "block_index_z", "grid_size_x", "dynamic_shared", "warp_barrier", "load_shared_16_bytes",
            "store_shared_16_bytes", "store_shared_two_f32", "store_16_bytes", "load_8_bytes",
            "store_8_bytes", "wait_for_previous_kernel",
-           "let_next_kernel_start"]
+           "let_next_kernel_start", "warp_sum", "warp_max", "ballot", "count_bits", "reciprocal"]
 
 INLINE = cuda is not None and not simulated()  # the simulator runs Python: it knows no PTX
 
@@ -97,7 +97,9 @@ def instruction(text: str, outputs: str, inputs: str, *, volatile: bool = False,
     names = "".join(f", a{i}" for i in range(len(inputs)))
     namespace = {"result": (call_signature, codegen)}
     exec(f"def ptx_instruction(typingctx{names}):\n    return result\n", namespace)  # noqa: S102
-    return intrinsic(namespace["ptx_instruction"])
+    function = intrinsic(namespace["ptx_instruction"])
+    function.ptx = text, outputs, inputs  # for those who read kernels: the emulator of the tests
+    return function
 
 
 # ---- bf16, for all kernels: an instruction on the GPU, the arithmetic of bf16.py in the simulator ----
@@ -186,10 +188,21 @@ low_bf16 = instruction("shl.b32 $0, $1, 16;", "f32", "u32")  # the lower half of
 high_bf16 = instruction("and.b32 $0, $1, 0xffff0000;", "f32", "u32")
 pack_bf16 = instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", "u32", "f32 f32")  # (low, high), to nearest even
 exp2 = instruction("ex2.approx.ftz.f32 $0, $1;", "f32", "f32")
+# 1 / x, the last bit perhaps off; Python's division would be a call, and the compiler keeps no wgmma under way over one
+reciprocal = instruction("rcp.approx.ftz.f32 $0, $1;", "f32", "f32")
 # Python's // checks for a zero divisor and rounds down; for sizes, which are positive, one instruction does.
 divide = instruction("div.u32 $0, $1, $2;", "u32", "u32 u32")
 maximum = instruction("max.f32 $0, $1, $2;", "f32", "f32 f32")
 shuffle_xor = instruction("shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;", "f32", "f32 u32", volatile=True)
+
+# ---- all 32 lanes of a warp together ----
+
+warp_sum = instruction("redux.sync.add.u32 $0, $1, 0xffffffff;", "u32", "u32", volatile=True)
+warp_max = instruction("redux.sync.max.u32 $0, $1, 0xffffffff;", "u32", "u32", volatile=True)
+# bit i of the result: whether lane i's number is not zero
+ballot = instruction("{ .reg .pred P; setp.ne.u32 P, $1, 0; vote.sync.ballot.b32 $0, P, 0xffffffff; }", "u32", "u32",
+                     volatile=True)
+count_bits = instruction("popc.b32 $0, $1;", "u32", "u32")
 
 # ---- who am I ----
 

@@ -5,6 +5,8 @@ table.
 
     prefill_simple.py   many query rows: tiles of keys with the online softmax; start here
     prefill.py          the same on tensor cores; in use
+    prefill_wgmma.py    the same as compute capability 9.0 can do it, with prefill_layout.py, prefill_producer.py,
+                        fragments.py and schedule.py; not in use until it has been run on a GPU
     decode_simple.py    one query row: the context split into parts, and the kernel that combines them
     decode.py           the same on tensor cores; in use
     cuda.py             which of them `attention` takes

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyvllm.kernels.attention import decode, prefill
+from tinyvllm.kernels.attention import decode, prefill, prefill_wgmma
 from tinyvllm.kernels.attention.combine import WARPS as COMBINE_WARPS
 from tinyvllm.kernels.attention.combine import combine_parts_kernel
 from tinyvllm.kernels.attention.decode_simple import STATISTICS
@@ -59,6 +59,7 @@ class FusedOperations:
     def __init__(self, stream: Stream, hopper: bool | None = None):
         self.stream = stream
         self.hopper = self.dependent = compute_capability() == (9, 0) if hopper is None else hopper
+        self.wgmma_prefill = False  # prefill attention by wgmma: off until it has been run on a GPU
         self.maps = TensorMaps(stream)
         self.num_multiprocessors = cuda.get_current_device().MULTIPROCESSOR_COUNT
         self._scratch: dict[int, Any] = {}  # kept for good: graphs refer to them
@@ -113,7 +114,9 @@ class FusedOperations:
                 self._run(combine_parts_kernel(head_dim, decode.SPLIT, self.dependent, shared_percent),
                           (ceil_div(num_rows, COMBINE_WARPS), 1, 1), 32 * COMBINE_WARPS, 0, out.address, parts,
                           seq_lens.address, splits, num_heads, num_rows)
-        if num_decodes < num_requests:
+        if num_decodes < num_requests and not self._wgmma_prefill(
+                out, qkv, k_cache, v_cache, block_tables, seq_lens, query_start_loc, num_decodes, scale, num_heads,
+                num_kv_heads, head_dim, block_size):
             tiles = prefill_tiles(out.shape[0], num_decodes, num_requests, prefill.ROWS // group)
             kernel = prefill.prefill_kernel(head_dim)
             self._run(kernel, (tiles, num_kv_heads, 1), prefill.THREADS, kernel.shared_bytes, out.address,
@@ -247,6 +250,25 @@ class FusedOperations:
         self._run(kernel, (self.num_multiprocessors, 1, 1), kernel.threads, kernel.shared_bytes,
                   self.maps.of(x, wgmma.BM), self.maps.of(weight, kernel.box_rows), self.maps.of(out, 64), num_rows,
                   num_outputs, depth)
+        return True
+
+    def _wgmma_prefill(self, out, qkv, k_cache, v_cache, block_tables, seq_lens, query_start_loc, num_decodes, scale,
+                       num_heads, num_kv_heads, head_dim, block_size) -> bool:
+        """Prefill attention by wgmma (scale times log2(e)); False where it cannot."""
+        if not (self.hopper and self.wgmma_prefill
+                and prefill_wgmma.can_run(num_heads, num_kv_heads, head_dim, block_size)):
+            return False
+        num_requests, max_blocks = block_tables.shape
+        group, shape = num_heads // num_kv_heads, prefill_wgmma.choose_shape(head_dim)
+        kernel = prefill_wgmma.prefill_wgmma_kernel(head_dim, group, block_size, *shape)
+        tiles = prefill_tiles(out.shape[0], num_decodes, num_requests, kernel.tokens) * num_kv_heads
+        heads = qkv.reshape(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
+        caches = (cache.reshape(cache.size // head_dim, head_dim) for cache in (k_cache, v_cache))
+        self._run(kernel, (min(tiles, kernel.blocks * self.num_multiprocessors), 1, 1), kernel.threads,
+                  kernel.shared_bytes, self.maps.of(heads, kernel.tokens, group),
+                  *(self.maps.of(cache, block_size) for cache in caches), out.address, block_tables.address,
+                  seq_lens.address, query_start_loc.address, num_decodes, num_requests, max_blocks, scale, num_heads,
+                  num_kv_heads, dependent=False)
         return True
 
     def _linear(self, out, x, weight) -> None:
