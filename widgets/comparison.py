@@ -114,7 +114,7 @@ def compare(traces: Mapping[str, Trace | str | Path]) -> dict[str, Any]:
 
 def as_text(compared: dict[str, Any]) -> str:
     """The figures as a table of plain text, in steps."""
-    row = "{:<20}{:>8}{:>7}{:>11}{:>7}{:>10}{:>6}{:>13}".format
+    row = "{:<24}{:>8}{:>7}{:>11}{:>7}{:>10}{:>6}{:>13}".format
     lines = [row("in steps", "total", "idle", "TTFT mean", "p95", "ITL mean", "p95", "tokens/step")]
     for run in compared["runs"]:
         s = run["steps"]

@@ -224,7 +224,7 @@ class Feed:
     def live(self) -> dict[str, Any]:
         """What every panel may want to know of the run, in a few numbers."""
         state, source = self.state, self.source
-        steps = state.steps[-1].step if state.steps else 0
+        steps = state.steps[-1].step if state.steps else state.first_step
         return {"kind": source.kind, "state": source.state, "error": str(source.error) if source.error else None,
                 "step": steps, "used_blocks": state.num_used_blocks, "gaps": state.gaps, "config": state.config,
                 "feed_error": f"{type(self.error).__name__}: {self.error}" if self.error else None}

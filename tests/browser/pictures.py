@@ -129,7 +129,7 @@ def main(names: list[str]) -> None:
         with Lab(Path(folder)) as lab:
             for path in tqdm(chosen, desc="notebooks"):
                 copy = Path(folder) / "notebooks" / path.name
-                page = lab.open(f"notebooks/{path.name}", height=2400)
+                page = lab.open(f"notebooks/{path.name}", height=5400)  # all of the dashboard
                 add_posters(page, copy)
                 assert page.errors == [] and page.outside == [], (page.errors, page.outside)
                 shutil.copy(copy, path)

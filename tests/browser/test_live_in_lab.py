@@ -98,8 +98,8 @@ def test_all_panels_are_there_and_move_while_it_generates(page):
     assert page.page.locator(".tv-panel").count() == 9
     before, count = pictures(page), frames(page)
     until(lambda: frames(page) > count + 10)
-    after = pictures(page)
-    assert sum(a != b for a, b in zip(before, after)) >= 4  # the timeline, the blocks, attention, the step
+    # The timeline, the blocks, attention, the step:
+    until(lambda: sum(a != b for a, b in zip(before, pictures(page))) >= 4)
 
 
 def test_pause_step_and_run_from_the_page(page):
@@ -136,6 +136,22 @@ def test_keys_work_on_the_bar_and_lab_does_not_take_them(page):
     page.page.locator(f"{BAR}").press("Space")
     until(lambda: stats(page)["state"] == "running")
     assert page.page.locator(".jp-Notebook .jp-Cell").count() == cells
+
+
+def test_keys_stay_in_a_panel_wherever_it_was_clicked(page):
+    """b would insert a cell, x cut one, and an arrow move Lab's selection."""
+    count = "() => [...document.querySelectorAll('.jp-Notebook .jp-Cell')].length"
+    cells = page.page.evaluate(count)
+    for panel, inside in (("Control", "input[type=range]"), ("Control", "[data-do='step']"), ("TokenRace", "button"),
+                          ("TokenRace", "input[type=range]"), ("Scheduler timeline", "canvas"),
+                          ("KV blocks", "canvas"), ("TokenTrail", "button"), ("Bits of a number", "button")):
+        target = page.page.locator(f".tv-panel[aria-label='{panel}'] {inside}").first
+        target.evaluate("(node) => { node.scrollIntoView({ block: 'center' }); node.focus(); }")
+        assert target.evaluate("(node) => document.activeElement === node"), f"{inside} in {panel} takes no focus"
+        for key in ("b", "x", "ArrowLeft", "ArrowUp"):
+            page.page.keyboard.press(key)
+        held = page.page.evaluate("() => document.activeElement.closest('.tv-panel')?.getAttribute('aria-label')")
+        assert held == panel and page.page.evaluate(count) == cells, (panel, inside)
 
 
 def test_a_request_is_killed_from_the_page(page):

@@ -171,7 +171,7 @@ class Peer:
         answer = self.process.stdout.readline().strip()
         if not answer or expected not in (None, answer):
             raise RuntimeError("the process with transformers ended (see above); --peer needs torch and "
-                               "transformers (pip install 'tinyvllm[test]') and memory for a second copy of "
+                               "transformers (pip install -e '.[test]' transformers) and memory for a second copy of "
                                "the model")
         return answer
 

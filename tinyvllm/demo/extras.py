@@ -21,6 +21,6 @@ def require(*packages: str):
         except ImportError as error:
             raise MissingExtraError(
                 f"The demo model's recipe needs {package!r}, which is not installed ({error}). "
-                "Install the extra: pip install 'tinyvllm[train]'. The shipped model runs without it."
+                "In the folder of tinyvllm: pip install -e '.[train]'. The shipped model runs without it."
             ) from error
     return modules[0]

@@ -107,6 +107,7 @@ class EngineState:
         self.block_places: dict[int, tuple[str, int]] = {}  # block_id -> who had it last, and as which of its blocks
         self.cached_blocks: set[int] = set()
         self.profile: dict | None = None  # the newest step that was taken apart
+        self.first_step = 0  # steps that were over when the telling began
         self.next_seq = 0
         self.gaps = 0
         self._finished: OrderedDict[str, None] = OrderedDict()  # ids of requests, in the order in which they ended
@@ -165,7 +166,7 @@ class EngineState:
         self._pass_over = 0
         # All of it goes: ids, step numbers and, in a recorded run, times begin again. New objects, for whoever
         # still reads the old ones.
-        self.config = e.a
+        self.config, self.first_step = e.a, e.step
         self.requests, self.unfinished, self.counts = {}, {}, Counter()
         self.num_preempted = self.num_cached_tokens = 0
         self.steps = deque(maxlen=self.steps.maxlen)

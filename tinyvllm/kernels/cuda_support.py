@@ -61,7 +61,7 @@ def require_cuda() -> None:
     advice = 'Use device="cpu", which needs no GPU.'
     if cuda is None:
         raise DeviceError(f'device="cuda" needs the package numba-cuda, which cannot be imported '
-                          f'({_IMPORT_ERROR}). Install it with pip install "tinyvllm[cuda]". {advice}')
+                          f'({_IMPORT_ERROR}). In the folder of tinyvllm: pip install -e ".[cuda]". {advice}')
     if simulated():
         return
     try:

@@ -213,6 +213,14 @@ function drawTable(ctx, pool, grid, chosen, hovered, width, t, scale, lookOf) {
 
 const useTop = (scale) => 24 * scale, useRow = (scale) => 26 * scale;
 
+function emptyText(pool) {
+  if (!pool.num) return "The pool appears as soon as the engine has told of it.";
+  if (pool.kind === "replay") {
+    return "No request holds a block. Drag the scale of the timeline to look back, or press Reset for the run to begin anew.";
+  }
+  return "No request holds a block. Press Burst in the control bar, or run live.chat([...]) in a cell, and the blocks fill.";
+}
+
 // Returns the rows that were drawn, from the top.
 function drawUse(ctx, pool, selected, width, height, t, scale) {
   const rows = pool.ordered, h = useRow(scale), top = useTop(scale), lookOf = ownerLooks(ctx, pool);
@@ -220,8 +228,7 @@ function drawUse(ctx, pool, selected, width, height, t, scale) {
   ctx.font = `${13 * scale}px ${t.font}`;
   ctx.fillStyle = t.muted;
   if (!rows.length) {
-    wrapText(ctx, pool.num ? "No request holds a block. Press Burst in the control bar, or run live.chat([...]) in a cell, and the blocks fill."
-      : "The pool appears as soon as the engine has told of it.", 0, 14 * scale, width, 18 * scale);
+    wrapText(ctx, emptyText(pool), 0, 14 * scale, width, 18 * scale);
     return [];
   }
   ctx.fillText(`Each request: filled, wasted, and of ${asCount(pool.most)} in one piece`, 0, 10 * scale, width);

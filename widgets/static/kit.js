@@ -185,7 +185,9 @@ async function panel(model, el, title, hint) {
   const body = element("div", { class: "tv-body" });
   const spoken = element("div", { class: "tv-spoken", role: "status", "aria-live": "polite" });
   const trouble = element("div", { class: "tv-trouble", role: "alert", hidden: true });
-  const root = element("section", { class: "tv-panel", "aria-label": title, "data-lm-suppress-shortcuts": "true" },
+  // JupyterLab asks the element that has the focus whether its keys are for Lab ("b" inserts a cell), and then upwards.
+  const keepKeys = (event) => event.target.setAttribute("data-lm-suppress-shortcuts", "true");
+  const root = element("section", { class: "tv-panel", "aria-label": title, onfocusin: keepKeys },
     element("header", { class: "tv-head" }, element("h3", { text: title }), badge, tools), trouble, body,
     hint ? element("footer", { class: "tv-hint", text: hint }) : null, spoken);
   el.append(root);

@@ -38,6 +38,7 @@ async function render({ model, el }) {
     legend.dataset.scale = String(ui.scale);
   }
   function drawUses(ctx, width, height, t) {
+    pool.kind = ui.client.live.kind;
     shownRows = drawUse(ctx, pool, chosen().request, width, height, t, ui.scale);
     use.node.dataset.rows = String(pool.rows.size);
   }
