@@ -232,7 +232,7 @@ class Feed:
     def _pump(self) -> list[Event]:
         """Events since the last time, applied to the state."""
         gaps = self._reader.num_gaps
-        told, events, anew = self._reader.read()
+        told, events, anew = self._reader.read(self._pump_thread.breathe)
         self.stats.gaps += self._reader.num_gaps - gaps
         if anew:
             self.subscriptions.need_snapshots()
