@@ -55,7 +55,7 @@ def test_each_process_keeps_its_figures_and_their_medians_are_summed_up(run, cap
     ("raise", "RuntimeError: as asked"), ("lose", "RuntimeError: as asked"), ("exit", "its process ended with 7"),
     ("hang", "its process ended with 1"), ("sleep", "its process was ended after")])
 def test_one_part_that_fails_costs_that_part_alone(run, how, why):
-    limits = {"hang": ("--part-limit", "3"), "sleep": ("--process-limit", "8")}.get(how, ())
+    limits = {"hang": ("--part-limit", "6"), "sleep": ("--process-limit", "25")}.get(how, ())
     status, results, _ = run({"ttft": how}, "--processes", "1", *limits)
     [process] = results["processes"]
     assert status == 0
@@ -77,8 +77,8 @@ def test_a_failure_before_anything_could_be_measured_overwrites_nothing(run, tmp
 
 
 def test_no_process_is_begun_that_would_not_fit_into_the_time(run):
-    _, results, _ = run({"decode": "second"}, "--processes", "9", "--total-limit", "9")
-    assert 1 <= len(results["processes"]) < 9
+    _, results, _ = run({"decode": "second"}, "--processes", "25", "--total-limit", "20")
+    assert 1 <= len(results["processes"]) < 25
     assert all(FIGURES["served"] in process["results"] for process in results["processes"])
 
 
