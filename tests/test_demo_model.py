@@ -211,7 +211,7 @@ def test_an_unknown_role_is_an_error():
 
 
 def test_a_missing_package_is_named_with_the_way_to_get_it():
-    with pytest.raises(MissingExtraError, match=r"'no_such_package'.*tinyvllm\[train\]"):
+    with pytest.raises(MissingExtraError, match=r"'no_such_package'.*pip install -e .*\[train\]"):
         require("no_such_package")
 
 

@@ -385,3 +385,21 @@ def test_a_request_that_is_not_kept_any_more_is_answered_in_words(feed, source):
         args = {"row": 0, "column": 0} if what == "attention_cell" else {}
         answer = ask(feed, what, request="nobody", layer=0, head=0, **args)
         assert "'nobody'" in answer["error"] and "no longer kept" in answer["error"]
+
+
+def test_a_look_that_compiled_its_kernel_does_not_keep_the_next_one_away(source, feed, monkeypatch):
+    """The first look of a fresh installation takes seconds, and at a share of the engine's time that would be minutes."""
+    from concurrent.futures import Future
+
+    monkeypatch.setattr(topic, "SHARE", 0.005)
+    source.llm.engine.add_request(PROMPT, params(4), "a")
+    assert source.state == "running"
+    shown, look = feed.subscriptions.topic("attention"), Future()
+    look.set_result(topic.Seen(None, took_s=30.0))
+    shown._take(look, feed.state)
+    assert 0 < shown._next_look - time.monotonic() <= topic.LONGEST_REST_S <= 1
+    look = Future()
+    look.set_result(topic.Seen(None, took_s=0.001))
+    shown._next_look = 0.0
+    shown._take(look, feed.state)
+    assert 0.1 < shown._next_look - time.monotonic() <= 0.2, "an ordinary one takes its share"

@@ -28,6 +28,7 @@ from widgets.topics.base import Topic, register
 
 LOOKS_PER_SECOND = 8
 SHARE = 0.005  # of the time of an engine that goes as fast as it can: few of its steps are late for it
+LONGEST_REST_S = 1.0  # between two looks: one that compiled its kernel took seconds, and the next will not
 BUDGET_S = 0.001  # of its time for one look: one step in some hundred is late by so much
 SPARE_SHARE = 0.25  # of the pace of an engine that is held to one
 IDLE_BUDGET_S = 0.03  # for one look while nobody waits for a token
@@ -230,7 +231,8 @@ class AttentionTopic(Topic):
             return
         seen: Seen = look.result()
         if self.feed.source.state == "running" and getattr(self.feed.source, "steps_per_second", None) is None:
-            self._next_look = max(self._next_look, time.monotonic() + seen.took_s / SHARE)
+            rest_s = min(seen.took_s / SHARE, LONGEST_REST_S)
+            self._next_look = max(self._next_look, time.monotonic() + rest_s)
         self._changed |= seen.request_id != self._seen.request_id or (seen.trouble or "") != self._note
         self._seen, self._note = seen, seen.trouble or ""
         self._stale |= seen.more
