@@ -388,7 +388,7 @@ def test_a_request_that_is_not_kept_any_more_is_answered_in_words(feed, source):
 
 
 def test_a_look_that_compiled_its_kernel_does_not_keep_the_next_one_away(source, feed, monkeypatch):
-    """The first look of a fresh installation takes seconds, and at a share of the engine's time that would be minutes."""
+    """The first look of a fresh installation takes seconds, and at its share of the time that would be minutes."""
     from concurrent.futures import Future
 
     monkeypatch.setattr(topic, "SHARE", 0.005)
