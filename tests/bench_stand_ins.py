@@ -5,16 +5,15 @@ list of calls that were made with the addresses of then.
 """
 
 import contextlib
-import ctypes
 import time
 from types import SimpleNamespace
 
 import numpy as np
 
+from tests.host_memory import HostMemory, view
 from tinyvllm.bench.gpu_peers import TorchPeer
 from tinyvllm.kernels import numpy_backend
 from tinyvllm.kernels.bf16 import bf16_to_float32, float32_to_bf16
-from tinyvllm.kernels.device_array import DeviceArray
 from tinyvllm.kernels.fused import numpy_twin
 
 TINY = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 128,
@@ -22,16 +21,6 @@ TINY = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_ac
         "head_dim": 32, "vocab_size": 512, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
         "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False, "torch_dtype": "bfloat16",
         "bos_token_id": 1, "eos_token_id": [2]}
-
-
-def view(array):
-    """The NumPy array over a DeviceArray's memory; anything else as it is."""
-    if not isinstance(array, DeviceArray):
-        return array
-    if not array.size:
-        return np.empty(array.shape, array.dtype)
-    memory = (ctypes.c_char * array.nbytes).from_address(array.address)
-    return np.frombuffer(memory, array.dtype).reshape(array.shape)
 
 
 class HostStream:
@@ -98,7 +87,7 @@ class HostFused:
         self.stream.run(multiply, (out, x, weight))
 
 
-class HostBackend:
+class HostBackend(HostMemory):
     """As much of a CUDABackend as single kernels need."""
 
     name = "cuda"
@@ -108,18 +97,6 @@ class HostBackend:
 
     def linear_shape(self, num_rows, num_columns):
         return num_rows, num_columns
-
-    def empty(self, shape, dtype):
-        array = np.full(shape, 77, dtype)
-        return DeviceArray(array.ctypes.data, tuple(shape), array.dtype, array)
-
-    def zeros(self, shape, dtype):
-        array = self.empty(shape, dtype)
-        view(array)[...] = 0
-        return array
-
-    def put(self, destination, row_offset, rows):
-        view(destination)[row_offset:row_offset + len(rows)] = rows
 
     def upload(self, destination, host):
         raise AssertionError("no step is run here")

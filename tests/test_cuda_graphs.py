@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tests.host_memory import HostMemory, view
 from tests.model_files import write_tiny_model
 from tinyvllm import SamplingParams
 from tinyvllm.engine.llm_engine import LLMEngine
@@ -30,14 +31,6 @@ from tinyvllm.runner.watch import RequestWatch
 
 PROMPTS = {"it": [3, 5, 8, 13, 21, 34, 55], "other": [7, 70], "third": [9, 90, 99]}
 BLOCK_SIZE, NUM_BLOCKS, MAX_TOKENS = 16, 24, 30
-
-
-def view(array):
-    """The NumPy array over a DeviceArray's memory."""
-    if not isinstance(array, DeviceArray) or not array.size:
-        return np.empty(array.shape, array.dtype) if isinstance(array, DeviceArray) else array
-    memory = (ctypes.c_char * array.nbytes).from_address(array.address)
-    return np.frombuffer(memory, array.dtype).reshape(array.shape)
 
 
 class HostStream:
@@ -99,7 +92,7 @@ def attention_without_padding(out, qkv, k, v, tables, seq_lens, starts, num_deco
                                 min(num_decodes, real), *rest)
 
 
-class HostBackend:
+class HostBackend(HostMemory):
     """A CUDABackend in host memory. graphs=False: llama.forward, one operation at a time."""
 
     name = "cuda"
@@ -121,18 +114,6 @@ class HostBackend:
 
     def decode_graphs(self, runner):
         return cuda_graphs.DecodeGraphs(runner, self) if self.graphs else None
-
-    def empty(self, shape, dtype):
-        array = np.full(shape, 77, dtype)
-        return DeviceArray(array.ctypes.data, tuple(shape), array.dtype, array)
-
-    def zeros(self, shape, dtype):
-        array = self.empty(shape, dtype)
-        view(array)[...] = 0
-        return array
-
-    def put(self, destination, row_offset, rows):
-        view(destination)[row_offset:row_offset + len(rows)] = rows
 
     def upload(self, destination, host):
         part, staged = destination[:host.size].reshape(host.shape), host.copy()  # as the driver does

@@ -9,13 +9,10 @@ import time
 
 import pytest
 
-from tests.test_live_engine import until
+from tests.test_live_engine import LONG, SHORT, until
 from tinyvllm import SamplingParams
 from tinyvllm.engine.live import LiveEngine
 from tinyvllm.errors import ConfigError, OutOfDeviceMemoryError, RequestError, TinyVLLMError
-
-LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
-SHORT = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 
 @pytest.fixture

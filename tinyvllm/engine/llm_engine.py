@@ -122,8 +122,7 @@ class LLMEngine:
 
     def listen(self, events: EventLog | None) -> None:
         """Emit events into this log from now on, beginning with what is there already; None stops it."""
-        self.settle()
-        self._tell_new_tokens()  # of a step that was interrupted: whoever listens now learns them with the rest
+        self.settle()  # also what an interrupted step has left: whoever listens now learns it with the rest
         is_told_again = events is not None and events is self.events
         for part in (self, self.pipeline, self.scheduler, self.kv_cache_manager, self.kv_cache_manager.pool):
             part.events = events
