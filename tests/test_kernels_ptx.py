@@ -190,8 +190,7 @@ def test_fused_kernels_keep_everything_in_registers(name, dependent, capability)
 @pytest.mark.parametrize("name", HOPPER)
 def test_hopper_kernels_keep_their_sums_in_registers(name):
     kernel = HOPPER[name]()
-    ptx, registers, spills, stack = assemble(kernel, kernel.numba_signature(), (9, 0, "a"),
-                                             overlapped=name.startswith(("wgmma", "prefill")))
+    ptx, registers, spills, stack = assemble(kernel, kernel.numba_signature(), (9, 0, "a"), overlapped=True)
     assert spills == 0 and stack == 0 and ".local" not in ptx
     threads, blocks = kernel.options["launch_bounds"]
     warps = -(-threads // 32 * blocks // 4)  # on each of a multiprocessor's four parts, which has 16,384 registers

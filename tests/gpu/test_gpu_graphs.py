@@ -59,7 +59,8 @@ def serve_in_waves(llm, ahead, wanted, temperature):
     while step < 3 * len(wanted) or llm.engine.has_unfinished_requests():
         if step % 3 == 0 and step < 3 * len(wanted):
             i = step // 3
-            params = SamplingParams(temperature=temperature, max_tokens=20 + 3 * (i % 20), seed=i, ignore_eos=True,
+            params = SamplingParams(temperature=temperature, max_tokens=20 + 3 * (i % 20), ignore_eos=True,
+                                    seed=i if temperature else None,
                                     stop_token_ids=range(5, 105) if i % 2 else ())
             llm.engine.add_request(wanted[i], params, str(i))
         tokens.update({output.request_id: output.outputs[0].token_ids for output in llm.engine.step()})

@@ -40,7 +40,8 @@ __all__ = ["widen_cuda", "narrow_cuda", "instruction", "mma_m16n8k16", "ldmatrix
            "block_index_z", "grid_size_x", "dynamic_shared", "warp_barrier", "load_shared_16_bytes",
            "store_shared_16_bytes", "store_shared_two_f32", "store_16_bytes", "load_8_bytes",
            "store_8_bytes", "wait_for_previous_kernel",
-           "let_next_kernel_start", "warp_sum", "warp_max", "ballot", "count_bits", "reciprocal"]
+           "let_next_kernel_start", "warp_sum", "warp_max", "ballot", "count_bits", "reciprocal",
+           "quotient"]
 
 INLINE = cuda is not None and not simulated()  # the simulator runs Python: it knows no PTX
 
@@ -190,6 +191,8 @@ pack_bf16 = instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", "u32", "f32 f32")  # (l
 exp2 = instruction("ex2.approx.ftz.f32 $0, $1;", "f32", "f32")
 # 1 / x, the last bit perhaps off; Python's division would be a call, and the compiler keeps no wgmma under way over one
 reciprocal = instruction("rcp.approx.ftz.f32 $0, $1;", "f32", "f32")
+# To 2 ulp, and inline: the division operator is a call on a GPU, and a call makes the assembler end every wgmma first.
+quotient = instruction("div.full.f32 $0, $1, $2;", "f32", "f32 f32")
 # Python's // checks for a zero divisor and rounds down; for sizes, which are positive, one instruction does.
 divide = instruction("div.u32 $0, $1, $2;", "u32", "u32 u32")
 maximum = instruction("max.f32 $0, $1, $2;", "f32", "f32 f32")

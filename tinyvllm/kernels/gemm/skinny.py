@@ -58,6 +58,7 @@ from tinyvllm.kernels.ptx import (
     load_u32,
     low_bf16,
     pack_bf16,
+    quotient,
     store_8_bytes,
     thread_index,
     wait_for_previous_kernel,
@@ -214,10 +215,8 @@ def skinny_kernel(BM: int, BN: int, STAGES: int, SPLIT: int, MIN_BLOCKS: int, AF
                     half_outputs = np.uint32(num_outputs) // np.uint32(2)
                     if row < num_rows and first + m < half_outputs:
                         a, b, c, d = low_bf16(low), high_bf16(low), low_bf16(high), high_bf16(high)
-                        low = pack_bf16(a / (np.float32(1) + exp2(a * np.float32(-LOG2_E))),
-                                        b / (np.float32(1) + exp2(b * np.float32(-LOG2_E))))
-                        high = pack_bf16(c / (np.float32(1) + exp2(c * np.float32(-LOG2_E))),
-                                         d / (np.float32(1) + exp2(d * np.float32(-LOG2_E))))
+                        low = pack_bf16(_silu(a), _silu(b))
+                        high = pack_bf16(_silu(c), _silu(d))
                         low = pack_bf16(low_bf16(low) * low_bf16(low_2), high_bf16(low) * high_bf16(low_2))
                         high = pack_bf16(low_bf16(high) * low_bf16(high_2), high_bf16(high) * high_bf16(high_2))
                         store_8_bytes(out + (np.uint64(row) * np.uint64(half_outputs) + np.uint64(first + m))
@@ -259,6 +258,11 @@ def skinny_kernel(BM: int, BN: int, STAGES: int, SPLIT: int, MIN_BLOCKS: int, AF
     skinny.threads, skinny.shared_bytes = THREADS, SHARED
     skinny.box_rows = BM // 2 if SILU else BM
     return skinny
+
+
+@device_function
+def _silu(x):
+    return quotient(x, np.float32(1) + exp2(x * np.float32(-LOG2_E)))
 
 
 @device_function
