@@ -25,14 +25,16 @@ def sequence_logits(llm, token_ids, chunks, last_rows=None, block_ids=None) -> n
     rows, start, sizes = [], 0, list(chunks)
     while start < len(token_ids):
         size = min(sizes.pop(0) if len(sizes) > 1 else sizes[0], len(token_ids) - start)
-        output = SchedulerOutput([ScheduledRequest(request, size, start, block_ids[:-(-(start + size) // pool.block_size)],
-                                                   sample=False)], num_decodes=int(size == 1))
+        blocks = block_ids[:-(-(start + size) // pool.block_size)]
+        output = SchedulerOutput([ScheduledRequest(request, size, start, blocks, sample=False)],
+                                 num_decodes=int(size == 1))
         batch = runner.builder.build(output)
         first = max(0, keep_from - start)
         if first < size:
             indices = np.arange(first, size, dtype=np.int32)
             assert len(indices) <= len(runner.buffers.logits), "raise max_num_seqs: one logits row a position is needed"
-            batch = batch._replace(logits_indices=runner.backend.upload(runner.builder.device["logits_indices"], indices))
+            batch = batch._replace(logits_indices=runner.backend.upload(runner.backend.empty(indices.shape, np.int32),
+                                                                         indices))
         runner.backend.forward(runner.weights, runner.kv_cache, batch, runner.buffers, runner.dims)
         if first < size:
             rows.append(bf16_to_float32(runner.backend.download(runner.buffers.logits[:len(indices)])).copy())

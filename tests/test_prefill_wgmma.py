@@ -103,16 +103,17 @@ def test_every_tile_is_found_once_and_the_longest_first(rng, num_requests):
     wanted = sorted((-(int(lens[r] - rows[r]) + min(first + tokens, int(rows[r]))), r)
                     for r in range(num_requests) for first in range(0, int(rows[r]), tokens))
     emulator = Emulator(32, 0)
-    count, most, find = map(emulator.translate, (schedule.count_tiles, schedule.most_keys, schedule.find_tile))
+    shape, count, most, find = map(emulator.translate, (schedule.shape_of, schedule.count_tiles, schedule.most_keys,
+                                                        schedule.find_tile))
     starts_at, lens_at = np.uint64(emulator.put(starts)), np.uint64(emulator.put(lens))
     found = [[] for _ in range(32)]
 
     def search():
         lane = np.uint32(emulator.local.thread)
         requests = np.uint32(num_requests)
-        keys = most(lens_at, requests, lane)
-        for number in range(count(0, starts_at, lens_at, requests, lane, tokens)):
-            request, keys = find(np.uint32(number), keys, starts_at, lens_at, requests, lane, tokens)
+        own, keys = shape(starts_at, lens_at, requests, lane), most(lens_at, requests, lane)
+        for number in range(count(0, own, starts_at, lens_at, requests, lane, tokens)):
+            request, keys = find(np.uint32(number), keys, own, starts_at, lens_at, requests, lane, tokens)
             found[lane].append((-int(keys), int(request)))
 
     emulator.run(search, ())

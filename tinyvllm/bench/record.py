@@ -62,7 +62,7 @@ def record(bench: Bench, policy: str, num_blocks: int, requests: list,
             if engine.num_steps + 1 in profiled:
                 bench.runner.profiler = StepProfiler(bench.config, bench.backend, partial(emit_profile, log))
             if engine.has_unfinished_requests():
-                engine.step()
+                engine.step(ahead=not {engine.num_steps + 1, engine.num_steps + 2} & set(profiled))
     return log.read()[0]
 
 

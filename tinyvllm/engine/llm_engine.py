@@ -146,19 +146,13 @@ class LLMEngine:
         interrupt from the keyboard, come with the next step.
         """
         pipeline = self.pipeline
-        # A step ahead hides the making of outputs; a runner that can only begin one hides it behind the next step, but
-        # a listener is told things in their order.
-        overlap = pipeline.begin is not None and not pipeline.runs_ahead and self.events is None
-        if not overlap:
-            self._emit_new_tokens()  # none, unless the step before was interrupted
+        self._emit_new_tokens()  # none, unless the step before was interrupted
         if not pipeline.steps:
             pipeline.launch()
         if ahead and pipeline.runs_ahead:
             pipeline.launch_ahead()
-        if overlap or not pipeline.steps:
-            self._emit_new_tokens()  # of the step before, while the device works on this one
         if pipeline.steps:
-            self._take_in(urgent_only=overlap)
+            self._take_in()
         return self.take_pending()
 
     def settle(self) -> None:
@@ -196,17 +190,14 @@ class LLMEngine:
         # A request that alone outgrows the pool could never be finished: it ends with "length" at that point.
         return min(self.max_model_len, self.kv_cache_manager.pool.num_blocks * self.kv_cache_manager.block_size)
 
-    def _take_in(self, urgent_only: bool = False) -> None:
+    def _take_in(self) -> None:
         self.pipeline.take_in()
-        self._emit_new_tokens(urgent_only)
+        self._emit_new_tokens()
         self.pipeline.promote()
 
-    def _emit_new_tokens(self, urgent_only: bool = False) -> None:
-        """urgent_only: first tokens and last ones; the others can wait until the next step is under way."""
+    def _emit_new_tokens(self) -> None:
         preempted = takewhile(lambda request: request.status is not RequestStatus.WAITING, self.scheduler.waiting)
         for request in [*self.scheduler.running, *preempted]:  # preempted while the step ran that gave it a token
-            if urgent_only and request.num_emitted_tokens and not request.status.is_finished:
-                continue
             if request.num_emitted_tokens < request.num_output_tokens:
                 self._emit(request)
         self._tell_new_tokens()

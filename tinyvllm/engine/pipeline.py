@@ -21,11 +21,10 @@ from tinyvllm.engine.scheduler import Scheduler, SchedulerOutput
 class Runner(Protocol):
     """What computes a step: writes K and V of every scheduled token, samples where asked.
 
-    A runner may also have `begin(output)`, which starts a step and returns a function that waits for its tokens: then
-    outputs of the step before are made meanwhile. One whose `runs_ahead` is True can be given a step before the one
-    before it was waited for. In that step the token at position len(request.token_ids) may be asked for: it is the one
-    that the step before has sampled for this request, and the runner takes it from there. A step that nobody needs any
-    more is not waited for.
+    A runner may also have `begin(output)`, which starts a step and returns a function that waits for its tokens. One
+    whose `runs_ahead` is True can be given a step before the one before it was waited for. In that step the token at
+    position len(request.token_ids) may be asked for: it is the one that the step before has sampled for this request,
+    and the runner takes it from there. A step that nobody needs any more is not waited for.
     """
 
     def execute(self, output: SchedulerOutput) -> dict[str, int]: ...

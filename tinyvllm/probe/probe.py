@@ -22,6 +22,7 @@ from tinyvllm.probe.errors import ProbeError, check_number
 from tinyvllm.probe.lens import lens_logits, top
 from tinyvllm.probe.profiler import StepProfile, StepProfiler
 from tinyvllm.probe.weights import Patch, WeightEditor
+from tinyvllm.runner.model_runner import ModelRunner
 from tinyvllm.runner.watch import RequestWatch
 
 if TYPE_CHECKING:
@@ -50,19 +51,19 @@ class Probe:
             raise ProbeError(f"a request id is text, got {request_id!r}")
         if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
             raise ProbeError(f"max_tokens is a whole number of 1 or more, got {max_tokens!r}")
-        runner = self._llm.runner
+        runner = self._runner
         runner.watch = None  # its memory first
         max_tokens = min(max_tokens, self._llm.memory_plan.max_model_len)
         runner.watch = RequestWatch(request_id, max_tokens, runner.dims, runner.config.hidden_size, runner.backend)
 
     def unwatch(self) -> None:
         """Keep nothing any more, and let go of what was kept."""
-        self._llm.runner.watch = None
+        self._runner.watch = None
 
     @property
     def watched(self) -> str | None:
         """The id of the request that is watched."""
-        watch = self._llm.runner.watch
+        watch = self._runner.watch
         return None if watch is None else watch.request_id
 
     @property
@@ -72,13 +73,13 @@ class Probe:
         Missing are those that were computed before `watch`, those whose blocks came from the prefix cache, and after
         a preemption those that are yet to be computed again.
         """
-        watch = self._llm.runner.watch
+        watch = self._runner.watch
         return [] if watch is None else np.flatnonzero(watch.is_kept[:watch.context]).tolist()
 
     @property
     def context(self) -> int:
         """Tokens of the watched request whose keys are in the cache: the last axis of `attention`."""
-        watch = self._llm.runner.watch
+        watch = self._runner.watch
         return 0 if watch is None else watch.context
 
     def attention(self, rows: Any, layers: Any = None, heads: Any = None) -> np.ndarray:
@@ -121,7 +122,7 @@ class Probe:
         Returns ids int64 [L + 1, n], logits float32 [L + 1, n] and logsumexp float64 [L + 1], rows as in `hidden`:
         the last one is the model's own answer. See `top`.
         """
-        return top(lens_logits(self._llm.runner, self._residual(position)), n)
+        return top(lens_logits(self._runner, self._residual(position)), n)
 
     # ---- logits ----
 
@@ -131,7 +132,7 @@ class Probe:
         They are there if the last step chose a token for it. For the watched request they are there at any time,
         after its end too: computed again from what was kept.
         """
-        runner = self._llm.runner
+        runner = self._runner
         for row, request in enumerate(runner.last_sampled):
             if request.request_id == request_id:
                 return bf16_to_float32(np.array(runner.backend.download(runner.buffers.logits[row])))
@@ -161,7 +162,7 @@ class Probe:
 
         Slots that no token has been written to yet hold zeros, or what was there for an earlier request.
         """
-        runner = self._llm.runner
+        runner = self._runner
         check_number("layer", layer, runner.dims.num_layers)
         check_number("block", block_id, self._llm.memory_plan.num_blocks)
         return tuple(np.array(runner.backend.download(cache[layer, block_id])) for cache in runner.kv_cache)
@@ -175,7 +176,7 @@ class Probe:
         computed twice over for it, the first time without the clock, so that nothing is measured cold. (The very first
         profile on a machine compiles the CPU kernels one by one: some seconds.)
         """
-        runner = self._llm.runner
+        runner = self._runner
         runner.profiler = StepProfiler(runner.config, runner.backend, self._profiled)
 
     def _profiled(self, profile: StepProfile) -> None:
@@ -224,11 +225,17 @@ class Probe:
 
     # ---- details ----
 
+    @property
+    def _runner(self) -> ModelRunner:
+        """The runner, at rest: a step that has been begun ahead is ended first, its outputs come with the next one."""
+        self._llm.engine.settle()
+        return self._llm.runner
+
     def _attention(self) -> AttentionView:
-        return AttentionView(self._llm.runner, self._watching())
+        return AttentionView(self._runner, self._watching())
 
     def _watching(self) -> RequestWatch:
-        watch = self._llm.runner.watch
+        watch = self._runner.watch
         if watch is None:
             raise ProbeError("no request is watched: call watch(request_id), and let the engine run a step of it")
         return watch
@@ -241,6 +248,6 @@ class Probe:
             raise ProbeError(f"position {position} of request {watch.request_id!r} was not kept: it was computed "
                              "before watch(), came from the prefix cache, or is yet to come (`kept` lists what there "
                              "is)")
-        download = self._llm.runner.backend.download
+        download = self._runner.backend.download
         layers = range(watch.residual.shape[0])
         return np.stack([np.array(download(watch.residual[layer, position])) for layer in layers])

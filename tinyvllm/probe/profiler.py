@@ -15,11 +15,13 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from tinyvllm.bench.environment import processor_name
+from tinyvllm.engine.scheduler import SchedulerOutput
 from tinyvllm.kernels.jit import cpu_jit
 from tinyvllm.model import llama
 from tinyvllm.model.config import ModelConfig
-from tinyvllm.model.llama import Batch
 from tinyvllm.probe.cost import StepShape, step_costs
 from tinyvllm.runner.backend import Backend
 
@@ -60,13 +62,12 @@ class StepProfiler:
             self._clock.prepare(lambda: self._backend.operations[name](*arguments))
             self._timed(name)(*arguments)
 
-    def finish(self, batch: Batch) -> None:
-        """The step has run: read the clock, put times and costs side by side."""
-        starts, contexts = (self._backend.download(x).tolist() for x in (batch.query_start_loc, batch.seq_lens))
-        rows = tuple((after - before, context) for before, after, context in zip(starts, starts[1:], contexts))
-        watched = batch.watch.positions
-        num_kept = int((self._backend.download(watched) >= 0).sum()) if watched.shape[0] else None
-        shape = StepShape(rows, batch.logits_indices.shape[0], self._greedy, num_kept)
+    def finish(self, output: SchedulerOutput, kept: np.ndarray) -> None:
+        """The step has run: read the clock, put times and costs side by side. kept: where the step's tokens went that
+        the watch kept, -1 for others; empty if nobody watched."""
+        rows = tuple((s.num_scheduled_tokens, s.start + s.num_scheduled_tokens) for s in output.scheduled)
+        num_kept = int((kept >= 0).sum()) if kept.size else None
+        shape = StepShape(rows, sum(s.sample for s in output.scheduled), self._greedy, num_kept)
         times, costs = self._clock.read(), step_costs(self._config, shape)
         if [name for name, _ in times] != [cost.operation for cost in costs]:
             raise RuntimeError("probe/cost.py lists other operations than the step has run: model/llama.py has changed")

@@ -11,8 +11,9 @@ class Backend(Protocol):
     """Memory and operations of one device. Arrays are NumPy arrays on the CPU and device arrays on a GPU.
 
     A backend may have more, which ModelRunner asks for: `eager_forward`, operations one by one where `forward` has a
-    faster way; `fused`, not None if forward returns before the work is done; `decode_graphs(runner)`, something with
-    can_run(output) and begin(output, watch) that takes over decode steps, or None.
+    faster way; `fused`, not None if forward returns before the work is done; `staging(count)`, memory that uploads of
+    a step's inputs are made from (runner/batch.py); `decode_graphs(runner)`, something with can_run(output) and
+    begin(output, watch) that takes over decode steps, or None.
     """
 
     name: str  # "cpu" or "cuda"

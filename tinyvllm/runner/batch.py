@@ -7,10 +7,12 @@
     seq_lens         [  7,  7 ]                      context after the step
     slot_mapping     [ block(A, 6) ... ]             block_id * block_size + offset: where K and V go
     logits_indices   [ 0, 3 ]                        each request's last row, if a token is to be sampled
+
+All of it is int32 and lies in one buffer, so that one copy takes it to the device.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,18 +20,42 @@ from tinyvllm.engine.scheduler import SchedulerOutput
 from tinyvllm.model.llama import NOT_WATCHED, Batch, Watch
 
 
+class Staging(Protocol):
+    """Host memory that steps are filled into. Where copies run later, there is more than one, to be taken in turn."""
+
+    array: np.ndarray  # int32
+
+    def take(self) -> "Staging":
+        """The one to fill now: nobody reads from it any more."""
+
+    def copying(self) -> None:
+        """Its copy to the device has been asked for."""
+
+
+class OneStaging:
+    """For devices whose copies are over at once."""
+
+    def __init__(self, count: int):
+        self.array = np.zeros(count, np.int32)
+
+    def take(self) -> "OneStaging":
+        return self
+
+    def copying(self) -> None:
+        pass
+
+
 class BatchBuilder:
-    """Fills staging arrays, allocated once for the largest batch, and hands them to the device."""
+    """Fills a staging buffer, allocated once for the largest batch, and hands it to the device.
+
+    allocate, upload: the backend's. staging(count): room for so many numbers.
+    """
 
     def __init__(self, max_num_batched_tokens: int, max_num_seqs: int, max_blocks_per_seq: int, block_size: int,
-                 allocate: Callable, upload: Callable):
+                 allocate: Callable, upload: Callable, staging: Callable[[int], Staging] = OneStaging):
         self.block_size = block_size
-        sizes = {"input_ids": max_num_batched_tokens, "positions": max_num_batched_tokens,
-                 "slot_mapping": max_num_batched_tokens, "block_tables": max_num_seqs * max_blocks_per_seq,
-                 "seq_lens": max_num_seqs, "query_start_loc": max_num_seqs + 1, "logits_indices": max_num_seqs,
-                 "watch_positions": max_num_batched_tokens}
-        self.host = {name: np.zeros(size, np.int32) for name, size in sizes.items()}
-        self.device = {name: allocate((size,), np.int32) for name, size in sizes.items()}
+        self.size = 4 * max_num_batched_tokens + max_num_seqs * (max_blocks_per_seq + 3) + 1
+        self._staging, self._device = staging(self.size), allocate((self.size,), np.int32)
         self._upload = upload
 
     def build(self, output: SchedulerOutput, watch: Watch = NOT_WATCHED,
@@ -39,13 +65,20 @@ class BatchBuilder:
         watch: what to keep of it, its positions on the host. decode_ids: the tokens of those that have one to compute,
         if they are to be others than the requests' own.
         """
-        host = self.host
-        block_size = self.block_size
+        num_requests, block_size = len(output.scheduled), self.block_size
+        num_tokens = sum(s.num_scheduled_tokens for s in output.scheduled)
+        num_logits = sum(s.sample for s in output.scheduled)
         width = max(len(s.block_ids) for s in output.scheduled)
-        num_requests = len(output.scheduled)
-        tables = host["block_tables"][:num_requests * width].reshape(num_requests, width)
+        shapes = {"input_ids": (num_tokens,), "positions": (num_tokens,), "slot_mapping": (num_tokens,),
+                  "block_tables": (num_requests, width), "seq_lens": (num_requests,),
+                  "query_start_loc": (num_requests + 1,), "logits_indices": (num_logits,)}
+        if is_watched := watch.positions.shape[0] > 0:
+            shapes["watch_positions"] = watch.positions.shape
+        staging = self._staging.take()
+        host, used = parts(staging.array, shapes)
+        tables = host["block_tables"]
         tables[:] = 0
-        row = num_logits = 0
+        row = logit = 0
         for i, scheduled in enumerate(output.scheduled):
             start, count = scheduled.start, scheduled.num_scheduled_tokens
             stop = start + count
@@ -64,22 +97,24 @@ class BatchBuilder:
                                                          + positions % block_size)
             row += count
             if scheduled.sample:
-                host["logits_indices"][num_logits] = row - 1
-                num_logits += 1
+                host["logits_indices"][logit] = row - 1
+                logit += 1
         host["query_start_loc"][num_requests] = row
+        if is_watched:
+            host["watch_positions"][:] = watch.positions
 
-        def device(name: str, count: int) -> Any:
-            return self._upload(self.device[name], host[name][:count])
+        uploaded = self._upload(self._device, staging.array[:used])
+        staging.copying()
+        device, _ = parts(uploaded, shapes)
+        if is_watched:
+            watch = watch._replace(positions=device.pop("watch_positions"))
+        return Batch(**device, num_decodes=output.num_decodes, watch=watch)
 
-        return Batch(input_ids=device("input_ids", row), positions=device("positions", row),
-                     slot_mapping=device("slot_mapping", row),
-                     block_tables=self._upload(self.device["block_tables"], tables),
-                     seq_lens=device("seq_lens", num_requests),
-                     query_start_loc=device("query_start_loc", num_requests + 1),
-                     logits_indices=device("logits_indices", num_logits), num_decodes=output.num_decodes,
-                     watch=self._upload_watch(watch))
 
-    def _upload_watch(self, watch: Watch) -> Watch:
-        if not watch.positions.shape[0]:
-            return watch
-        return watch._replace(positions=self._upload(self.device["watch_positions"], watch.positions))
+def parts(buffer: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Any], int]:
+    """({name: its part of a flat buffer}, elements used), one after the other."""
+    found, first = {}, 0
+    for name, shape in shapes.items():
+        size = int(np.prod(shape))
+        found[name], first = buffer[first:first + size].reshape(shape), first + size
+    return found, first

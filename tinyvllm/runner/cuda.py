@@ -10,6 +10,7 @@ from tinyvllm.kernels import cuda_backend
 from tinyvllm.kernels.cuda_support import cuda, require_cuda, simulated
 from tinyvllm.kernels.device_array import DeviceArray, over_numba_arrays
 from tinyvllm.model import llama
+from tinyvllm.runner.batch import OneStaging
 from tinyvllm.runner.pinned import PinnedPair
 from tinyvllm.units import format_bytes
 
@@ -32,6 +33,7 @@ class CUDABackend:
         require_cuda()
         operations = cuda_backend.chosen_operations()
         self._tokens: PinnedPair | None = None  # see download_later
+        self._staging: PinnedPair | None = None
         self.fused = None  # the fused operations, if this backend has them; then arrays are DeviceArrays
         if enforce_eager or simulated() or cuda_backend.linear_was_chosen():
             self._bind(operations)
@@ -130,6 +132,14 @@ class CUDABackend:
             host = np.ascontiguousarray(host)
             self.fused.stream.copy_to_device(view.address, host.ctypes.data, host.nbytes)
         return view.reshape(host.shape)
+
+    def staging(self, count: int) -> PinnedPair | OneStaging:
+        """Memory for a step's inputs: copies from it run while the host fills the inputs of the next step."""
+        if self.fused is None:
+            return OneStaging(count)
+        if self._staging is None or self._staging.count < count:
+            self._staging = PinnedPair(self.fused.stream, count)
+        return self._staging
 
     def download(self, source) -> np.ndarray:
         if self.fused is None or not source.size:

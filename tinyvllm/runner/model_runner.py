@@ -8,7 +8,7 @@ from tinyvllm.engine.scheduler import ScheduledRequest, SchedulerOutput
 from tinyvllm.model.config import ModelConfig
 from tinyvllm.model.llama import NOT_WATCHED, Buffers, Dims, KVCache, Watch, Weights
 from tinyvllm.runner.backend import Backend
-from tinyvllm.runner.batch import BatchBuilder
+from tinyvllm.runner.batch import BatchBuilder, OneStaging
 from tinyvllm.runner.watch import RequestWatch
 
 
@@ -30,7 +30,7 @@ class ModelRunner:
                                   buffer_shapes(config, max_num_seqs, max_num_batched_tokens).items()})
         max_blocks = min(num_blocks, -(-max_model_len // block_size))
         self.builder = BatchBuilder(max_num_batched_tokens, max_num_seqs, max_blocks, block_size,
-                                    backend.empty, backend.upload)
+                                    backend.empty, backend.upload, getattr(backend, "staging", OneStaging))
         dtypes = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "seed": np.uint64,
                   "position": np.int64}
         self._sampling_host = {name: np.zeros(max_num_seqs, dtype) for name, dtype in dtypes.items()}
@@ -41,14 +41,14 @@ class ModelRunner:
         self.watch: RequestWatch | None = None  # keeps what one request's tokens look like on their way
         self.profiler = None  # has a backend's forward, argmax and sample, for the next step only, and `finish`
         self.last_sampled: list = []  # the requests whose logits are in buffers.logits, row by row
-        # Whether a step can be begun before the one before it has been waited for (engine/pipeline.py). The GPU's side
-        # of it is there and tested on a stand-in, and stays off until it has been measured on a GPU.
-        self.runs_ahead = False
+        # Launches return before the work is done: then a step can be begun before the one before it has been waited for
+        # (engine/pipeline.py).
+        self.runs_ahead = getattr(backend, "fused", None) is not None
+        if self.runs_ahead:
+            self.begin = self._begin
         self._sampled: list = []  # the requests of the step that was begun last, as their rows in token_ids
         self._num_begun = 0
         self.eager = False  # launch the operations of model/llama.py one by one, also where there is a faster way
-        if getattr(backend, "fused", None) is not None:
-            self.begin = self._begin  # launches return before the work is done: see LLMEngine.step
         self._graphs = backend.decode_graphs(self) if hasattr(backend, "decode_graphs") else None
 
     def execute(self, output: SchedulerOutput) -> dict[str, int]:
@@ -116,7 +116,7 @@ class ModelRunner:
         def wait() -> list[int]:
             tokens = download().tolist() if sampled else []
             if profiler is not None:
-                profiler.finish(batch)
+                profiler.finish(output, keep.positions)
             return tokens
 
         return wait

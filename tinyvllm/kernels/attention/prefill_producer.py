@@ -1,6 +1,7 @@
 """The warp of prefill_wgmma.py that keeps work coming: finds the next tile of queries, and asks for all it needs.
 
-For each tile of queries it writes an entry, which the barrier of the queries makes visible with them:
+Which tile is next is found while the consumers have the most of this one to work on. For each tile of queries it writes
+an entry, which the barrier of the queries makes visible with them:
 
     first row in qkv, tokens (0: that was all), position of the first, key head | tokens in the request's context
 
@@ -13,7 +14,7 @@ and where a block table is wrong the copy engine delivers zeros: it reads nothin
 import numpy as np
 
 from tinyvllm.kernels.attention.prefill_layout import Layout
-from tinyvllm.kernels.attention.schedule import count_tiles, find_tile, item_of_turn, most_keys
+from tinyvllm.kernels.attention.schedule import count_tiles, find_tile, item_of_turn, most_keys, shape_of
 from tinyvllm.kernels.cuda_support import device_function
 from tinyvllm.kernels.hopper import (
     barrier_arrive,
@@ -56,7 +57,8 @@ def make_producer(L: Layout):
         lens = seq_lens + np.uint64(num_decodes) * np.uint64(4)
         starts = query_start_loc + np.uint64(num_decodes) * np.uint64(4)
         requests, kv_heads = np.uint32(num_requests - num_decodes), np.uint32(num_kv_heads)
-        num_items = np.uint32(count_tiles(0, starts, lens, requests, lane, L.TOKENS) * kv_heads)
+        own = shape_of(starts, lens, requests, lane)
+        num_items = np.uint32(count_tiles(0, own, starts, lens, requests, lane, L.TOKENS) * kv_heads)
         keys = np.int32(most_keys(lens, requests, lane))
         page, half = np.uint32(lane % np.uint32(L.PAGES)), np.uint32(lane // np.uint32(L.PAGES))  # this lane's
         place = np.uint32(half * L.KEY_HALF + page * L.BOX)
@@ -64,10 +66,13 @@ def make_producer(L: Layout):
         stage, phase = np.uint32(0), np.uint32(0)
         turn = np.uint32(0)
         item = item_of_turn(turn, block_index_x(), grid_size_x())
+        request = np.uint32(0)
+        if item < num_items:
+            request, keys = find_tile(np.uint32(item // kv_heads), keys, own, starts, lens, requests, lane, L.TOKENS)
         while item < num_items:
-            number = np.uint32(item // kv_heads)
-            kv_head = np.uint32(item - number * kv_heads)
-            request, keys = find_tile(number, keys, starts, lens, requests, lane, L.TOKENS)
+            kv_head = np.uint32(item % kv_heads)
+            turn = np.uint32(turn + 1)
+            item = item_of_turn(turn, block_index_x(), grid_size_x())
             here = starts + np.uint64(request) * np.uint64(4)
             request_row = load_i32(here)
             rows = load_i32(here + np.uint64(4)) - request_row
@@ -77,6 +82,7 @@ def make_producer(L: Layout):
             pages = np.int32(np.uint32(seq_len + L.BLOCK - 1) // np.uint32(L.BLOCK))
             table = block_tables + np.uint64(request + num_decodes) * np.uint64(max_blocks) * np.uint64(4)
             tile = np.int32(np.uint32(keys + L.KEYS - 1) // np.uint32(L.KEYS) - 1)
+            search_at = np.int32(max(0, tile + 1 - L.STAGES) if item < num_items else -1)
             block = np.int32(0)
             if tile * L.PAGES + page < pages:
                 block = load_i32(table + np.uint64(tile * L.PAGES + page) * np.uint64(4))
@@ -112,10 +118,11 @@ def make_producer(L: Layout):
                 if mine:
                     tensor_load(np.uint32(to + (L.VALUES_AT - L.KEYS_AT)), v_map, np.uint32(64 * half), row, barrier)
                 stage, phase = next_stage(stage, phase, L.STAGES)
+                if tile == search_at:  # now the consumers have most to work on
+                    request, keys = find_tile(np.uint32(item // kv_heads), keys, own, starts, lens, requests, lane,
+                                              L.TOKENS)
                 tile = np.int32(tile - 1)
             buffer, q_phase = next_buffer(buffer, q_phase)
-            turn = np.uint32(turn + 1)
-            item = item_of_turn(turn, block_index_x(), grid_size_x())
 
         barrier_wait(np.uint32(shared + L.Q_FREED + 8 * buffer), np.uint32(q_phase ^ np.uint32(1)))
         if lane == 0:  # an entry without tokens

@@ -9,10 +9,11 @@ directions, or the first would always get the longest:
     turn 1            3  2  1  0         7 6 5 4     numbers of tiles, in descending order of keys
     turn 2            0  1  2  3         8 9 10 11
 
-Nothing is sorted for that. The lengths are on the device, and a warp finds the tile with a given number by itself:
-how many tiles have more than x keys is a sum of one division a request (tiles_with_more), and the tile with number n
-has the smallest x for which that is at most n. Bisection over x takes a dozen sums, while the warpgroups that
-compute are busy with the tile before. Tiles of as many keys come in the order of their requests.
+Nothing is sorted for that. The lengths are on the device, and a warp finds the tile with a given number by itself: how
+many tiles have more than x keys is a sum of one division a request (tiles_with_more), and the tile with number n has
+the smallest x for which that is at most n. Bisection over x takes a dozen sums, for which there is time while the
+warpgroups that compute have the tile before to work on (prefill_producer.py). Tiles of as many keys come in the order
+of their requests.
 
     request A  context 0, 100 rows    tiles see 64, 100 keys         (TOKENS = 64)
     request B  context 90, 20 rows    tile sees 110                  order: B0 (110), A1 (100), A0 (64)
@@ -23,7 +24,7 @@ import numpy as np
 from tinyvllm.kernels.cuda_support import device_function
 from tinyvllm.kernels.ptx import ballot, count_bits, load_i32, warp_max, warp_sum
 
-__all__ = ["item_of_turn", "tiles_with_more", "count_tiles", "most_keys", "find_tile"]
+__all__ = ["item_of_turn", "tiles_with_more", "shape_of", "count_tiles", "most_keys", "find_tile"]
 
 
 @device_function
@@ -46,19 +47,27 @@ def tiles_with_more(keys, context, rows, TOKENS):
 
 
 @device_function
-def _shape(starts, lens, request):
-    """(tokens before the first row, rows) of a request. starts, lens: addresses of query_start_loc and seq_lens."""
-    place = np.uint64(request) * np.uint64(4)
-    rows = load_i32(starts + place + np.uint64(4)) - load_i32(starts + place)
-    return load_i32(lens + place) - rows, rows
+def shape_of(starts, lens, requests, request):
+    """(tokens before the first row, rows) of a request, (0, 0) beyond the last. starts, lens: addresses of
+    query_start_loc and seq_lens."""
+    context, rows = np.int32(0), np.int32(0)
+    if request < requests:
+        place = np.uint64(request) * np.uint64(4)
+        rows = np.int32(load_i32(starts + place + np.uint64(4)) - load_i32(starts + place))
+        context = np.int32(load_i32(lens + place) - rows)
+    return context, rows
 
 
 @device_function
-def count_tiles(keys, starts, lens, requests, lane, TOKENS):
-    """Tiles of all requests that see more than `keys` keys; each lane of the warp looks at every 32nd request."""
-    count, request = np.uint32(0), lane
+def count_tiles(keys, own, starts, lens, requests, lane, TOKENS):
+    """Tiles of all requests that see more than `keys` keys; each lane of the warp looks at every 32nd request.
+
+    own: shape_of the lane's first request, which it keeps, because this is asked a dozen times for every tile.
+    """
+    count = np.uint32(tiles_with_more(keys, own[0], own[1], TOKENS))
+    request = np.uint32(lane + 32)
     while request < requests:
-        context, rows = _shape(starts, lens, request)
+        context, rows = shape_of(starts, lens, requests, request)
         count = np.uint32(count + np.uint32(tiles_with_more(keys, context, rows, TOKENS)))
         request = np.uint32(request + 32)
     return warp_sum(count)
@@ -75,26 +84,23 @@ def most_keys(lens, requests, lane):
 
 
 @device_function
-def find_tile(number, most, starts, lens, requests, lane, TOKENS):
+def find_tile(number, most, own, starts, lens, requests, lane, TOKENS):
     """(request, keys) of the tile with a number in descending order of keys; there must be one. most: at least its
-    keys."""
+    keys. own: see count_tiles."""
     low, high = np.int32(0), np.int32(most)
     while low < high:
         middle = np.int32((low + high) >> 1)
-        if count_tiles(middle, starts, lens, requests, lane, TOKENS) <= number:
+        if count_tiles(middle, own, starts, lens, requests, lane, TOKENS) <= number:
             high = middle
         else:
             low = np.int32(middle + 1)
-    before = np.uint32(number - count_tiles(low, starts, lens, requests, lane, TOKENS))
+    before = np.uint32(number - count_tiles(low, own, starts, lens, requests, lane, TOKENS))
     # The request is the one that `before` others with such a tile come before.
     first, request = np.uint32(0), np.uint32(0)
+    context, rows = own
     searching = True
     while searching:
-        has = np.uint32(0)
-        if first + lane < requests:
-            context, rows = _shape(starts, lens, np.uint32(first + lane))
-            has = np.uint32(tiles_with_more(low - 1, context, rows, TOKENS)
-                            - tiles_with_more(low, context, rows, TOKENS))
+        has = np.uint32(tiles_with_more(low - 1, context, rows, TOKENS) - tiles_with_more(low, context, rows, TOKENS))
         those = ballot(has)
         if before < count_bits(those):
             below = count_bits(np.uint32(those & np.uint32((np.uint64(1) << np.uint64(lane)) - np.uint64(1))))
@@ -103,5 +109,6 @@ def find_tile(number, most, starts, lens, requests, lane, TOKENS):
         else:
             before = np.uint32(before - count_bits(those))
             first = np.uint32(first + 32)
+            context, rows = shape_of(starts, lens, requests, np.uint32(first + lane))
             searching = first < requests  # always, if there is such a tile
     return request, low
