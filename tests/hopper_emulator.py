@@ -1,25 +1,32 @@
 """Runs a kernel of compute capability 9.0 without a GPU: its own Python code and the text of its own instructions.
 
-A block's threads are Python threads. Where the kernel calls an instruction, its PTX is interpreted here; where it
-calls a hopper.sequence, that is built with a builder that computes instead of writing LLVM code. Shared memory is
-bytes: the copy engine puts boxes there as the hardware swizzles them, and wgmma reads them as its descriptors say.
+The threads of a block, or of a cluster of blocks, are Python threads. Where the kernel calls an instruction, its PTX
+is interpreted here; where it calls a hopper.sequence, that is built with a builder that computes instead of writing
+LLVM code. Shared memory is bytes: the copy engine puts boxes there as the hardware swizzles them, and wgmma reads
+them as its descriptors say.
 
 What a GPU does in its own time happens as early and as late as it may. late="copies": copies are done when somebody
 waits for them, products at once: what is used before it was waited for is not there. late="products": the other way
-round, and who frees memory steps back for the others: what is overwritten too early is gone. Sums of a product
-that nobody has waited for are no numbers here, and using them is an error. So are a barrier that never completes,
-threads of a warp or warpgroup that do not come together at the same instruction, and reading or writing outside of
-an array. Rounding is as on the GPU but for the last bits of sums and of 2^x.
+round, and who frees memory steps back for the others: what is overwritten too early is gone. slow: the rank of a
+block that does everything a little later than the others of its cluster.
+
+Sums of a product that nobody has waited for are no numbers here, and using them is an error. So are a barrier that
+never completes, threads of a warp or warpgroup that do not come together at the same instruction, reading or writing
+outside of an array, copying over what a product under way still reads, reaching into another block before its
+barriers are there or after its threads have left, and touching what the kernel before makes (made_before) without
+having waited for it. Rounding is as on the GPU but for the last bits of sums and of 2^x.
 
 Some 100,000 instructions a second, of all threads together.
 """
 
+import math
 import threading
+import time
 import types
 
 import numpy as np
 
-from tests.hopper_instructions import SHARED_AT, Instructions, Meeting, Pending
+from tests.hopper_instructions import SHARED_AT, WINDOW, ClusterBarrier, Instructions, Meeting, Pending
 
 PATIENCE = 120.0  # seconds until a wait counts as for ever
 
@@ -33,15 +40,40 @@ def names_in(code):
     return set(code.co_names).union(*inner)
 
 
+class Block:
+    """What the threads of one block have to themselves."""
+
+    def __init__(self, emulator, index, rank):
+        size = emulator.num_threads
+        self.index, self.rank, self.running = index, rank, size
+        self.reached, self.left = 0, math.inf  # the cluster's barriers that it has to wait for; that its threads did
+        self.shared = np.full(emulator.shared_bytes, 0xFF, np.uint8)  # NaN, if anybody looks
+        self.barriers = {}
+        self.warps = [Meeting(emulator, 32) for _ in range(size // 32)]
+        self.named = {0: Meeting(emulator, size)}
+        self.named.update({i: Meeting(emulator, 128) for i in range(1, 16)})
+        self.warpgroups = [(Meeting(emulator, 128), []) for _ in range(size // 128)]
+
+    def part(self, address, size):
+        start = address - SHARED_AT
+        assert 0 <= start and start + size <= self.shared.size and address % min(size, 16) == 0, hex(address)
+        return self.shared[start:start + size]
+
+
 class Emulator(Instructions):
-    def __init__(self, threads, shared_bytes, late="copies"):
+    def __init__(self, threads, shared_bytes, late="copies", slow=None):
         assert late in ("copies", "products")
-        self.num_threads, self.late = threads, late
-        self.shared = np.full(shared_bytes, 0xFF, np.uint8)  # NaN, if anybody looks
+        self.num_threads, self.shared_bytes, self.late, self.slow = threads, shared_bytes, late, slow
         self.arrays, self.maps, self.next_address = [], {}, 1 << 32
+        self.made_before = set()  # maps that only the kernel before fills
+        self.hints = set()  # that copies gave the L2 cache
         self.local, self.lock = threading.local(), threading.Condition()
         self.failure = None
         self.translated = {}
+
+    @property
+    def here(self):
+        return self.local.block
 
     # ---- memory ----
 
@@ -63,13 +95,26 @@ class Emulator(Instructions):
                 return data[address - start:address - start + size]
         raise IndexError(f"{size} bytes at {address:#x} belong to no array")
 
-    def shared_at(self, address, size):
-        start = address - SHARED_AT
-        assert 0 <= start and start + size <= self.shared.size and address % min(size, 16) == 0, hex(address)
-        return self.shared[start:start + size]
+    def block_of(self, address):
+        """(block, address there) of an address in the cluster's shared memory."""
+        if address < WINDOW:
+            return self.here, address
+        block = self.cluster[address // WINDOW - 1]
+        self.reach(block)
+        return block, address % WINDOW
 
-    def operand(self, descriptor, rows, depth, transposed):
-        """What wgmma reads: uint16 [rows, depth]. Rows are of the left side, or columns of the right one."""
+    def reach(self, block):
+        """Into another block: it has to be there, and has to stay until a barrier that comes after this."""
+        if block is not self.here:
+            assert block.running and self.local.waits, f"the block of rank {block.rank} may not be there"
+            block.reached = max(block.reached, self.local.phase + 1)
+
+    def shared_at(self, address, size):
+        return self.here.part(address, size)
+
+    @staticmethod
+    def operand_addresses(descriptor, rows, depth, transposed):
+        """Of what wgmma reads, [rows, depth]. Rows are of the left side, or columns of the right one."""
         assert descriptor >> 62 == 1 and descriptor >> 49 & 7 == 0, "128-byte swizzle, no base offset"
         start, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
         r, k = np.meshgrid(np.arange(rows), np.arange(depth), indexing="ij")
@@ -77,10 +122,13 @@ class Emulator(Instructions):
             assert rows == 64
             r, k = k, r
         address = start + r // 8 * stride + r % 8 * 128 + 2 * k
-        address ^= (address >> 7 & 7) << 4
-        return self.shared.view(np.uint16)[(address - SHARED_AT) // 2]
+        return address ^ (address >> 7 & 7) << 4
 
-    def copy_box(self, to, array, box, corner):
+    def operand(self, *what):
+        """uint16 [rows, depth]."""
+        return self.here.shared.view(np.uint16)[(self.operand_addresses(*what) - SHARED_AT) // 2]
+
+    def copy_box(self, block, to, array, box, corner):
         """A box of the copy engine into shared memory: zeros beyond the array, 16-byte chunks swizzled."""
         content = np.zeros(box, np.uint16)
         here = tuple(slice(max(0, min(c, n)), max(0, min(c + b, n))) for c, b, n in zip(corner, box, array.shape))
@@ -89,36 +137,51 @@ class Emulator(Instructions):
             content[there] = array[here]
         assert box[-1] == 64 and to % 128 == 0
         address = to + np.arange(content.size * 2)
-        self.shared[(address ^ (address >> 7 & 7) << 4) - SHARED_AT] = content.reshape(-1).view(np.uint8)
+        for _, pending in block.warpgroups:
+            assert not any(group.reads(to, to + content.nbytes) for group in pending), "a product still reads this"
+        block.shared[(address ^ (address >> 7 & 7) << 4) - SHARED_AT] = content.reshape(-1).view(np.uint8)
 
     # ---- running ----
 
     def run(self, function, arguments, block=0, num_blocks=1):
         """One block, each of whose threads calls a (translated) function with these arguments."""
-        self.block, self.num_blocks = block, num_blocks
-        self.barriers = {}
-        self.warps = [Meeting(self, 32) for _ in range(self.num_threads // 32)]
-        self.named = {0: Meeting(self, self.num_threads)}
-        self.named.update({i: Meeting(self, 128) for i in range(1, 16)})
-        self.warpgroups = [(Meeting(self, 128), []) for _ in range(self.num_threads // 128)]
+        self.run_cluster(function, arguments, [(block, 0, 0)], num_blocks)
 
-        def work(thread):
-            self.local.thread = thread
+    def run_cluster(self, function, arguments, indices, num_blocks):
+        """Blocks that run together, by their indices (x, y, z) in a grid of num_blocks along x."""
+        self.num_blocks = num_blocks
+        self.cluster = [Block(self, index, rank) for rank, index in enumerate(indices)]
+        self.cluster_barrier = ClusterBarrier(self, self.num_threads * len(indices))
+
+        def work(block, thread):
+            self.local.block, self.local.thread, self.local.waited = block, thread, False
+            self.local.phase = self.local.waits = 0
             try:
+                self.step_back()
                 with np.errstate(over="raise", invalid="ignore"):
                     function(*arguments)
             except BaseException as error:
                 with self.lock:
                     self.failure = self.failure or error
                     self.lock.notify_all()
+            with self.lock:
+                block.left = min(block.left, self.local.waits)
+                block.running -= 1
 
-        threads = [threading.Thread(target=work, args=(t,), daemon=True) for t in range(self.num_threads)]
+        threads = [threading.Thread(target=work, args=(b, t), daemon=True)
+                   for b in self.cluster for t in range(self.num_threads)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         if self.failure is not None:
             raise self.failure
+        assert all(block.left >= block.reached for block in self.cluster), "a block leaves while others may need it"
+
+    def step_back(self):
+        """The slow block gives the others time."""
+        if self.here.rank == self.slow:
+            time.sleep(0.003)
 
     def wait_for(self, condition, until, what):
         waited = 0.0
@@ -162,7 +225,7 @@ class Emulator(Instructions):
             def result():
                 return np.uint32(SHARED_AT)
         elif getattr(value, "__name__", None) == "numba.cuda":
-            result = types.SimpleNamespace(syncthreads=lambda: self.meet(self.named[0], "syncthreads"))
+            result = types.SimpleNamespace(syncthreads=lambda: self.meet(self.here.named[0], "syncthreads"))
         self.translated[id(value)] = result, value
         return result
 
@@ -190,6 +253,8 @@ class Emulator(Instructions):
 
     @staticmethod
     def typed(value, kind):
+        if kind == "f32" and isinstance(value, int):  # a register's bits
+            return np.uint32(value).view(np.float32)
         if kind == "i32":
             return np.int32(value - (1 << 32) if value >> 31 else value)
         return value if isinstance(value, Pending) else _NUMPY[kind](value)

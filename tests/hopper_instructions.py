@@ -14,6 +14,7 @@ import numpy as np
 from tinyvllm.kernels.bf16 import bf16_to_float32, float32_to_bf16
 
 SHARED_AT = 4096  # address of dynamic shared memory
+WINDOW = 1 << 24  # the shared memory of the block of rank r in the cluster is also at (r + 1) * WINDOW
 
 
 class Pending:
@@ -46,6 +47,29 @@ class Meeting:
             return self.result
 
 
+class ClusterBarrier:
+    """barrier.cluster: all threads of all blocks arrive, and later wait for the others to have arrived."""
+
+    def __init__(self, emulator, size):
+        self.emulator, self.size, self.arrived, self.phase = emulator, size, 0, 0
+        self.condition = threading.Condition()
+
+    def arrive(self, thread):
+        with self.condition:
+            assert thread.phase == self.phase, "arrived twice, or left out a wait"
+            thread.phase += 1
+            self.arrived += 1
+            if self.arrived == self.size:
+                self.arrived, self.phase = 0, self.phase + 1
+                self.condition.notify_all()
+
+    def wait(self, thread):
+        with self.condition:
+            phase = thread.phase
+            self.emulator.wait_for(self.condition, lambda: self.phase >= phase, "barrier.cluster")
+            thread.waits = phase
+
+
 class MBarrier:
     def __init__(self, count):
         self.count = self.left = count
@@ -68,11 +92,21 @@ class Group:
     def __init__(self, emulator, threads):
         self.emulator, self.threads, self.sums = emulator, threads, None
 
+    def reads(self, start, end):
+        """Whether these products read shared memory from start to end."""
+        for _, a, b, _, n, transposed in next(iter(self.threads.values()))[0] if self.threads else ():
+            for what in ([(a, 64, 16, False)] if isinstance(a, int) else []) + [(b, n, 16, transposed)]:
+                addresses = self.emulator.operand_addresses(*what)
+                if addresses.min() < end and addresses.max() >= start:
+                    return True
+        return False
+
     def compute(self):
         if self.sums is not None:
             return
         lanes = sorted(self.threads)
-        self.sums = {t: dict(self.threads[t][1]) for t in lanes}
+        self.sums = {t: {name: value.group.sums[t][value.place] if isinstance(value, Pending) else value
+                         for name, value in self.threads[t][1].items()} for t in lanes}
         for step in range(len(self.threads[lanes[0]][0])):
             ops = [self.threads[t][0][step] for t in lanes]
             registers, a, b, add, n, transposed = ops[0]
@@ -162,7 +196,8 @@ class Instructions:
             handler(opcode, operands, registers, get, products)
             return
         thread = self.local.thread
-        special = {"%tid.x": thread, "%laneid": thread % 32, "%ctaid.x": self.block, "%nctaid.x": self.num_blocks}
+        special = {"%tid.x": thread, "%laneid": thread % 32, "%nctaid.x": self.num_blocks,
+                   **{f"%ctaid.{axis}": i for axis, i in zip("xyz", self.here.index)}}
         a = [special[x] if x in special else get(x) for x in operands[1:]]
         f32 = opcode.endswith(".f32")
         if any(isinstance(x, Pending) for x in a):
@@ -177,7 +212,8 @@ class Instructions:
         else:
             compute = {"add": lambda x, y: x + y, "neg": lambda x: -x, "fma": lambda x, y, z: x * y + z,
                        "ex2": np.exp2, "rcp": lambda x: np.float32(1) / x, "max": np.fmax,
-                       "popc": lambda x: x.bit_count(), "div": lambda x, y: x // y}[name]
+                       "popc": lambda x: x.bit_count(), "div": lambda x, y: x / y if f32 else x // y,
+                       "shl": lambda x, y: x << y & 0xFFFFFFFF, "and": lambda x, y: x & y}[name]
             result = np.float32(compute(*a)) if f32 else compute(*a)
         registers[operands[0]] = result
 
@@ -188,18 +224,45 @@ class Instructions:
         names = operands[0] if isinstance(operands[0], list) else [operands[0]]
         address = get(operands[1][0])
         assert address % (4 * len(names)) == 0
-        find = self.shared_at if ".shared" in opcode else self.bytes_at
+        find = self.finder(opcode)
         registers.update(zip(names, map(int, find(address, 4 * len(names)).view(np.uint32)), strict=True))
 
     def do_st(self, opcode, operands, registers, get, _):
         values = [get(x) for x in (operands[1] if isinstance(operands[1], list) else [operands[1]])]
         address = get(operands[0][0])
         assert address % (4 * len(values)) == 0
-        find = self.shared_at if ".shared" in opcode else self.bytes_at
-        find(address, 4 * len(values))[:] = np.array(values, np.uint32).view(np.uint8)
+        assert ".shared" in opcode or self.local.waited or not self.made_before, "before the kernel ahead has ended"
+        find = self.finder(opcode)
+        kind = np.float32 if opcode.endswith(".f32") else np.uint32
+        find(address, 4 * len(values))[:] = np.array(values, kind).view(np.uint8)
+
+    def finder(self, opcode):
+        if ".shared::cluster" in opcode:
+            return lambda address, size: self.part_of(*self.block_of(address), size)
+        return self.shared_at if ".shared" in opcode else self.bytes_at
+
+    @staticmethod
+    def part_of(block, address, size):
+        return block.part(address, size)
+
+    def do_mapa(self, opcode, operands, registers, get, _):
+        address, rank = get(operands[1]), get(operands[2])
+        assert address < WINDOW and rank < len(self.cluster)
+        registers[operands[0]] = (rank + 1) * WINDOW + address
+
+    def do_griddepcontrol(self, opcode, *_):
+        self.local.waited |= opcode.endswith(".wait")
+
+    def do_barrier(self, opcode, operands, registers, get, _):
+        assert opcode.startswith("barrier.cluster.")
+        if ".arrive" in opcode:
+            self.cluster_barrier.arrive(self.local)
+        else:
+            self.cluster_barrier.wait(self.local)
+            self.step_back()
 
     def warp(self, what, value, combine):
-        return self.meet(self.warps[self.local.thread // 32], what, value, combine)
+        return self.meet(self.here.warps[self.local.thread // 32], what, value, combine)
 
     def do_shfl(self, opcode, operands, registers, get, _):
         lanes, thread = get(operands[2]), self.local.thread
@@ -218,7 +281,7 @@ class Instructions:
             self.warp(opcode, None, lambda v: None)
         else:
             assert get(operands[1]) == 128 and get(operands[0]) > 0
-            self.meet(self.named[get(operands[0])], opcode)
+            self.meet(self.here.named[get(operands[0])], opcode)
 
     def do_stmatrix(self, opcode, operands, registers, get, _):
         values = [get(x) for x in operands[1]]
@@ -233,45 +296,60 @@ class Instructions:
         self.warp(opcode, (get(operands[0][0]), values), combine)
 
     def do_mbarrier(self, opcode, operands, registers, get, _):
-        completed = False
+        completed, place = False, operands[1 if ".init" not in opcode else 0][0]
+        assert ".shared::cluster" in opcode or get(place) < WINDOW
         with self.lock:
+            block, address = self.block_of(get(place))
             if ".init" in opcode:
-                self.barriers[get(operands[0][0])] = MBarrier(get(operands[1]))
+                block.barriers[address] = MBarrier(get(operands[1]))
             elif ".try_wait" in opcode:
-                barrier, parity = self.barriers[get(operands[1][0])], get(operands[2])
+                barrier, parity = block.barriers[address], get(operands[2])
                 for copy in barrier.copies:
                     self.finish_copy(barrier, copy)
                 barrier.copies = []
                 self.wait_for(self.lock, lambda: barrier.phase != parity or barrier.copies,
-                              f"barrier at {get(operands[1][0]) - SHARED_AT}, parity {parity}")
+                              f"barrier at {address - SHARED_AT} of block {block.rank}, parity {parity}")
                 registers[operands[0]] = barrier.phase != parity
             else:
                 expected = get(operands[2]) if "expect_tx" in opcode else 0
-                completed = self.barriers[get(operands[1][0])].update(1, expected)
+                completed = block.barriers[address].update(1, expected)
             self.lock.notify_all()
         if completed and self.late == "products":
             time.sleep(0.002)
+        if ".try_wait" in opcode:
+            self.step_back()
 
     def finish_copy(self, barrier, copy):
-        to, array, box, corner = copy
-        self.copy_box(to, array, box, corner)
+        block, to, array, box, corner = copy
+        self.copy_box(block, to, array, box, corner)
         barrier.update(0, -2 * int(np.prod(box)))
 
     def do_cp(self, opcode, operands, registers, get, _):
-        array, box = self.maps[get(operands[1][0])]
+        address = get(operands[1][0])
+        array, box = self.maps[address]
+        assert self.local.waited or address not in self.made_before, "before the kernel ahead has made it"
         corner = [get(x) for x in operands[1][1]][::-1]
         corner = [c - (1 << 32) if c >> 31 else c for c in corner]
-        copy = get(operands[0][0]), array, box, corner
+        receivers = [self.here]
+        if ".L2::cache_hint" in opcode:
+            self.hints.add(get(operands[-1]))
+        if ".multicast" in opcode:
+            mask = get(operands[3])
+            assert 0 < mask < 1 << len(self.cluster)
+            receivers = [block for block in self.cluster if mask >> block.rank & 1]
         with self.lock:
-            barrier = self.barriers[get(operands[2][0])]
-            if self.late == "copies":
-                barrier.copies.append(copy)
-            else:
-                self.finish_copy(barrier, copy)
+            for block in receivers:
+                self.reach(block)
+                barrier = block.barriers[get(operands[2][0])]
+                copy = block, get(operands[0][0]), array, box, corner
+                if self.late == "copies":
+                    barrier.copies.append(copy)
+                else:
+                    self.finish_copy(barrier, copy)
             self.lock.notify_all()
 
     def do_wgmma(self, opcode, operands, registers, get, products):
-        meeting, pending = self.warpgroups[self.local.thread // 128]
+        meeting, pending = self.here.warpgroups[self.local.thread // 128]
         if ".mma_async" in opcode:
             n = int(re.search(r"m64n(\d+)k16", opcode)[1])
             from_registers = isinstance(operands[1], list)
@@ -291,9 +369,9 @@ class Instructions:
                     group.compute()
                 return group
 
-            # the second product under way may not be on the first one's sums: they would be no numbers
-            if any(isinstance(value, Pending) for value in before.values()):
-                raise TypeError("a product adds to sums that nobody has waited for")
+            # products on the same sums may follow each other: the tensor cores do them in order
+            for name, value in before.items():
+                assert not isinstance(value, Pending) or value.place == name, "sums in other registers than before"
             group = self.meet(meeting, opcode, (tuple(products), before), commit)
             registers.update({name: Pending(group, name) for name in names})
         elif ".wait_group" in opcode:

@@ -18,7 +18,6 @@ from tinyvllm.kernels import cuda_support
 from tinyvllm.kernels.device_array import DeviceArray
 from tinyvllm.kernels.driver import _FORMATS
 from tinyvllm.kernels.fused import operations
-from tinyvllm.kernels.gemm import skinny
 
 KIB = 1024
 
@@ -77,7 +76,7 @@ def bench(launched, monkeypatch):
     device = SimpleNamespace(MULTIPROCESSOR_COUNT=132)
     monkeypatch.setattr(operations, "cuda", SimpleNamespace(
         get_current_device=lambda: device, device_array=lambda size, dtype: memory.empty((size,), dtype)))
-    monkeypatch.setattr(operations.TensorMaps, "of", lambda self, matrix, box_rows: matrix.address)
+    monkeypatch.setattr(operations.TensorMaps, "of", lambda self, matrix, *box: matrix.address)
     fused = operations.FusedOperations(HostStream(), hopper=True)
     made = Bench(LLAMA_3_2_1B, backend=AddressBackend(fused, memory))
     made.memory = memory
@@ -108,7 +107,7 @@ def test_products_alone_at_every_number_of_rows_write_all_their_outputs(bench, l
         rows, outputs, depth = arguments[-3:] if kernel.__name__ == "wgmma" else (None, None, None)
         if kernel.__name__ == "skinny":
             rows, outputs, depth = arguments[8:11]
-            assert rows <= skinny.MAX_ROWS
+            assert rows <= 1024
         if rows is not None:
             assert (outputs, depth) in {(3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048)}
 
@@ -119,7 +118,7 @@ def test_attention_and_the_reading_kernel(bench, launched):
     launched.clear()
     assert len(labels_of(gpu_kernels.decode_attention(bench, 1))) == 2 * 4
     assert len(labels_of(gpu_peers.prefill_attention(bench, 1, None, None))) == 2
-    assert {"decode", "combine_parts"} <= names(launched) and len(names(launched)) >= 3
+    assert "decode" in names(launched) and len(names(launched)) >= 2
 
 
 def test_what_it_needs_of_a_gpu_fits_on_one(bench):

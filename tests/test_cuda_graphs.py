@@ -24,9 +24,10 @@ from tinyvllm.loader.weights import numpy_weights
 from tinyvllm.model import llama, llama_fused
 from tinyvllm.model.config import ModelConfig
 from tinyvllm.model.rope_table import cos_sin_table
-from tinyvllm.runner import cuda_graphs, pinned
+from tinyvllm.runner import cuda_graphs, pinned, sampling
 from tinyvllm.runner.cuda import CUDABackend
 from tinyvllm.runner.model_runner import ModelRunner
+from tinyvllm.runner.sampling import parameters_in
 from tinyvllm.runner.watch import RequestWatch
 
 PROMPTS = {"it": [3, 5, 8, 13, 21, 34, 55], "other": [7, 70], "third": [9, 90, 99]}
@@ -322,6 +323,75 @@ def test_steps_ahead_keep_what_a_watched_request_s_tokens_look_like(make_engine,
     assert busy(ahead, **params)[0] == busy(eager, **params)[0]
     assert_kept_alike(ahead.runner.watch, eager.runner.watch)
     assert ahead.runner.watch.context == eager.runner.watch.context
+
+
+MIXED = {"it": dict(temperature=0.8, top_k=50, top_p=0.9, seed=2**64 - 5), "other": dict(temperature=0),
+         "third": dict(temperature=1.3, top_p=0.5, seed=3), "late": dict(temperature=2, top_k=3, seed=9)}
+
+
+def mixed(engine):
+    """Requests that ask for different draws and take turns in the rows: their tokens."""
+    tokens = {}
+    for step in range(60):
+        if step in (0, 5):
+            for name in ("it", "other") if step == 0 else ("third", "late"):
+                engine.add_request(PROMPTS.get(name, [50]), SamplingParams(
+                    max_tokens={"it": 9, "other": 25}.get(name, 14), ignore_eos=True, **MIXED[name]), name)
+        if not engine.has_unfinished_requests():
+            break
+        tokens.update({o.request_id: o.outputs[0].token_ids for o in engine.step()})
+    return tokens
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_replayed_draws_follow_each_request_s_own_parameters(make_engine, ahead):
+    engine, eager = make_engine(ahead=ahead), make_engine(graphs=False)
+    tokens = mixed(engine)
+    assert tokens == mixed(eager) and {name: len(ids) for name, ids in tokens.items()} == {
+        "it": 9, "other": 25, "third": 14, "late": 14}
+    draw, argmax = numpy_backend.OPS["sample"], numpy_backend.OPS["argmax"]
+    graphs = engine.runner._graphs._graphs
+    assert {key[2] for key in graphs} == {True, False}, "the last steps have greedy requests only"
+    for key, graph in graphs.items():
+        last, arguments = graph.calls[-1]
+        assert last is (argmax if key[2] else draw) and arguments[1].shape[0] == key[0]
+
+
+def test_a_replayed_step_s_inputs_come_in_one_copy(make_engine, monkeypatch):
+    engine = make_engine()
+    for i, name in enumerate(("it", "other", "third")):
+        add(engine, [name], temperature=0.7 + i, seed=i)
+    engine.step()
+    stream, graphs = engine.runner._graphs.stream, engine.runner._graphs
+    copies, copy = [], stream.copy_to_device
+    monkeypatch.setattr(stream, "copy_to_device", lambda *what: (copies.append(what[2]), copy(*what)))
+    engine.step(), engine.step(), engine.step()
+    (bucket, width, greedy, _), = graphs._graphs
+    assert (bucket, greedy) == (4, False) and graphs.last_graph is not None
+    assert copies == [4 * (bucket * (7 + 5) + 3 * width)] * 3
+    engine.settle()
+    device = parameters_in(graphs._inputs_on_device, bucket)
+    np.testing.assert_array_equal(view(device.temperature), np.array([0.7, 1.7, 2.7, 0], np.float32))
+    assert view(device.seed)[:3].tolist() == [0, 1, 2]
+    assert view(device.position)[:3].tolist() == [len(PROMPTS[name]) + 3 for name in ("it", "other", "third")]
+
+
+def test_a_step_whose_parameters_could_not_be_written_leaves_none_behind(make_engine, monkeypatch):
+    """The same requests again must not count as known, in either of the two buffers."""
+    engine, plain = make_engine(), make_engine()
+    for one in (engine, plain):
+        add(one, ["it", "other"], temperature=0.9, seed=4)
+        for _ in range(4):
+            one.step()
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            for pinned_one in engine.runner._graphs._inputs._buffers:
+                pinned_one.requests = []
+            patch.setattr(sampling, "fill_positions", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                engine.step()
+        assert not any(one.requests for one in engine.runner._graphs._inputs._buffers)
+    assert run(engine) == run(plain)
 
 
 def test_a_request_that_ends_early_leaves_a_row_that_nobody_reads(make_engine):

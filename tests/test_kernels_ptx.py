@@ -7,6 +7,7 @@ instructions, 16-byte copies. Whether they compute the right thing is for tests/
 
 import os
 import re
+import types as types_of_python
 
 import pytest
 
@@ -35,6 +36,7 @@ from tinyvllm.kernels import (  # noqa: E402
 from tinyvllm.kernels.attention import (  # noqa: E402
     combine,
     decode,
+    decode_registers,
     decode_simple,
     pool,
     prefill,
@@ -42,7 +44,8 @@ from tinyvllm.kernels.attention import (  # noqa: E402
     prefill_wgmma,
 )
 from tinyvllm.kernels.attention import rows as attention_rows  # noqa: E402
-from tinyvllm.kernels.fused import greedy, rope_write, rows, take_sampled  # noqa: E402
+from tinyvllm.kernels.cuda_cache import CudaKernelCache, constants  # noqa: E402
+from tinyvllm.kernels.fused import draw, greedy, key_bins, rope_write, rows, take_sampled, thresholds  # noqa: E402
 from tinyvllm.kernels.gemm import cublas, few_rows, gemv, naive, skinny, tensor_core, tiled, wgmma  # noqa: E402
 
 CAPABILITIES = [(8, 0), (9, 0)]
@@ -100,8 +103,13 @@ POINTWISE = {"gather_rows": lambda d: rows.gather_rows_kernel(2048, d),
              **{f"rope_write_{n}": lambda d, n=n: rope_write.rope_write_kernel(n, d) for n in (32, 64, 80, 128)},
              "best_of_parts": lambda d: greedy.best_of_parts_kernel(d),
              "best_of_row": lambda d: greedy.best_of_row_kernel(d),
+             "count": key_bins.count_kernel, "find": thresholds.find_kernel, "draw": draw.draw_kernel,
+             "choose": draw.choose_kernel,
              **{f"decode_{n}": lambda d, n=n: decode.decode_kernel(n, d, 2, 16) for n in (32, 64, 80, 128)},
-             "combine": lambda d: combine.combine_parts_kernel(64, 256, d)}
+             **{f"combine_{n}": lambda d, n=n: combine.combine_parts_kernel(n, d) for n in (64, 80, 128)}}
+# (head_dim, query heads a key head, warps): every number of warps that may be chosen, for both numbers of registers
+DECODE = [*((64, 4, warps) for warps in (16, 8, 4, 2)), *((128, 4, warps) for warps in (8, 4, 2)),
+          (64, 1, 16), (64, 7, 2), (64, 12, 8), (64, 40, 4), (128, 8, 8)]
 FEW_ROWS = {f"few_rows_{n}_{depth}_{after}": lambda d, n=n, depth=depth, norm=norm, after=after, size=size:
             few_rows.few_rows_kernel(n, depth, norm, after, size, d)
             for n in (1, 8)
@@ -114,15 +122,19 @@ LAYER = {"qkv": (3072, 2048, "rope", 64), "o": (2048, 2048, "add", 0), "gate_up"
          "down": (2048, 8192, "add", 0), "lm_head": (128256, 2048, "plain", 0), "head_128": (6144, 4096, "rope", 128)}
 HOPPER = {**{f"skinny_{name}_{rows}": lambda rows=rows, n=n, k=k, after=after, size=size: skinny.skinny_kernel(
              *skinny.choose_shape(rows, n, k, size, 132), after, size)
-             for name, (n, k, after, size) in LAYER.items() for rows in (16, 64, 128, 256)},
+             for name, (n, k, after, size) in LAYER.items() for rows in (16, 64, 128, 192, 256)},
+          **{f"skinny_{'_'.join(map(str, shape))}_{after}": lambda shape=shape, after=after: skinny.skinny_kernel(
+              *shape, after, 64 if after == "rope" else 0)
+             for shape in ((64, 32, 4, 1, 4, 1), (128, 128, 3, 2, 4, 2), (192, 128, 4, 4, 2, 1), (128, 256, 4, 4, 2, 1))
+             for after in ("plain", "add", "silu", "rope")},
           **{f"wgmma_{n}_{after}": lambda n=n, after=after: wgmma.wgmma_kernel(n, after)
              for n, after in ((256, "plain"), (256, "silu"), (192, "plain"), (128, "add"), (256, "add"))},
           **{f"prefill_{d}_{group}_{page}": lambda d=d, group=group, page=page: prefill_wgmma.prefill_wgmma_kernel(
-             d, group, page, *prefill_wgmma.choose_shape(d))
+             d, group, page, *prefill_wgmma.choose_shape(d, page))
              for d, group, page in ((64, 4, 16), (64, 7, 16), (64, 1, 64), (128, 4, 16), (128, 8, 32))},
           # other shapes of tile that fit, to be compared with those
-          "prefill_64_two": lambda: prefill_wgmma.prefill_wgmma_kernel(64, 4, 16, 2, 128, 5, 1),
-          "prefill_64_three": lambda: prefill_wgmma.prefill_wgmma_kernel(64, 4, 16, 3, 80, 6, 1),
+          "prefill_64_two": lambda: prefill_wgmma.prefill_wgmma_kernel(64, 4, 32, 1, 96, 3, 2),
+          "prefill_64_three": lambda: prefill_wgmma.prefill_wgmma_kernel(64, 4, 16, 3, 48, 6, 1),
           "prefill_128_shorter": lambda: prefill_wgmma.prefill_wgmma_kernel(128, 4, 16, 2, 64, 5, 1)}
 
 
@@ -187,6 +199,32 @@ def test_fused_kernels_keep_everything_in_registers(name, dependent, capability)
         assert "st.global" not in ptx[:ptx.index("griddepcontrol.wait")]
 
 
+def test_the_draw_multiplies_a_logit_s_random_words_in_one_instruction_each():
+    """16 of philox's 20: two are the same for all of a row, two do not matter for the upper word. And no float64."""
+    kernel = draw.draw_kernel(True)
+    ptx = assemble(kernel, kernel.numba_signature(), (9, 0))[0]
+    scan = ptx[ptx.index("ld.global.v4.b32"):].split("lg2.approx")
+    for part in scan[:2]:
+        assert part.count("mul.wide.u32 p,") == 16 and "mul.lo.s64" not in part and "f64" not in part
+        assert "cvt.rn.f32.u32" in part
+
+
+@pytest.mark.parametrize("head_dim, group, warps", DECODE)
+def test_decode_kernels_keep_what_is_on_its_way_in_registers(head_dim, group, warps):
+    kernel = decode_registers.decode_registers_kernel(head_dim, group, 16, warps)
+    ptx, registers, spills, stack = assemble(kernel, kernel.numba_signature(), (9, 0))
+    assert spills == 0 and stack == 0 and ".local" not in ptx
+    threads, blocks = kernel.options["launch_bounds"]
+    assert threads * blocks == 32 * decode_registers.warps_at_once(head_dim, group)
+    assert registers * threads * blocks <= 65536
+    assert blocks * (kernel.shared_bytes + 1024) <= 228 * 1024 * decode_registers.SHARED_PERCENT // 100
+    assert not re.search(r"\.f64\b", ptx) and "mma.sync.aligned.m16n8k16" in ptx and "movmatrix" in ptx
+    load = "ld.global.L1::no_allocate.L2::128B.v4.b32"
+    assert load in ptx[:ptx.rindex("griddepcontrol.wait")], "old keys are asked for before the wait"
+    assert ptx.count(load) == 4 * head_dim // 8, "two tiles, in two places"
+    assert "st.global" not in ptx[:ptx.index("griddepcontrol.wait")]
+
+
 @pytest.mark.parametrize("name", HOPPER)
 def test_hopper_kernels_keep_their_sums_in_registers(name):
     kernel = HOPPER[name]()
@@ -199,6 +237,13 @@ def test_hopper_kernels_keep_their_sums_in_registers(name):
     assert "wgmma.mma_async.sync.aligned.m64n" in ptx and "cp.async.bulk.tensor.2d.shared::cluster" in ptx
     if name.startswith("skinny"):
         assert ptx.index("cp.async.bulk.tensor") < ptx.index("griddepcontrol.wait"), "weights are asked for before it"
+        shared = kernel.x_rows * 2 <= kernel.tile[1]
+        assert (".multicast::cluster" in ptx) == ("mbarrier.arrive.shared::cluster" in ptx) == shared
+    # Of what the assembler makes a barrier for all of the GPU's memory, there is nothing but the exchange of sums.
+    barriers = re.findall(r"\S*(?:release|acq_rel|sc)\.(?:cluster|gpu|sys)\S*|fence\.proxy\.async;|membar\S*", ptx)
+    assert set(barriers) == {"fence.mbarrier_init.release.cluster;"}, "which alone costs nothing"
+    exchanges = int(name.startswith("skinny") and kernel.cluster * kernel.x_rows > kernel.tile[1])
+    assert ptx.count("barrier.cluster.arrive.release") == exchanges
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -236,3 +281,26 @@ def test_a_kernel_reads_shared_memory_by_ldmatrix_only_where_banks_cannot_collid
         for chunk in range(4):
             places = {(row * 64 + (chunk ^ (row // 2 % 4)) * 16) // 16 % 8 for row in range(first, first + 8)}
             assert len(places) == 8
+
+
+def test_kernels_of_one_source_are_told_apart_on_disk():
+    """Their entries in the cache have other names, also where only a part of a part was generated otherwise."""
+    made = [make() for table in (HOPPER, TENSOR_CORE, GEMV) for make in table.values()]
+    made += [make(dependent) for table in (POINTWISE, FEW_ROWS) for make in table.values()
+             for dependent in (False, True)]
+    codegen = types_of_python.SimpleNamespace(magic_tuple=lambda: ())
+    names: dict = {}
+    for kernel in made:
+        path, _ = CudaKernelCache(kernel.py_func, kernel.options)._entry(kernel.numba_signature(), codegen)
+        names.setdefault(path.name, set()).add(kernel.py_func)
+    assert len(names) > 100 and all(len(functions) == 1 for functions in names.values())
+
+
+def test_what_a_kernel_cannot_be_told_by_is_refused():
+    unknown = object()
+
+    def kernel():
+        return unknown
+
+    with pytest.raises(TypeError, match="has unknown, of type object"):
+        constants(kernel)

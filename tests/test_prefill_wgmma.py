@@ -49,7 +49,7 @@ def test_the_swizzle_keeps_rows_and_spreads_columns_over_banks():
 
 @pytest.mark.parametrize("head_dim, group, page", [(64, 4, 16), (64, 7, 8), (128, 1, 32), (128, 16, 16)])
 def test_shared_memory_is_divided_without_overlap(head_dim, group, page):
-    consumers, keys, stages, blocks = choose_shape(head_dim)
+    consumers, keys, stages, blocks = choose_shape(head_dim, page)
     layout = make_layout(head_dim, group, page, consumers, keys, stages)
     tiles, ring = stages * layout.MATRIX, 8 * stages
     parts = [(0, 2 * layout.QUERIES), (layout.KEYS_AT, tiles), (layout.VALUES_AT, tiles),
@@ -63,8 +63,9 @@ def test_shared_memory_is_divided_without_overlap(head_dim, group, page):
 
 def test_what_the_kernel_can_run():
     assert all(can_run(32, 8, d, page) for d in (64, 128) for page in (8, 16, 32))
-    assert not can_run(32, 8, 80, 16) and not can_run(32, 8, 64, 5) and not can_run(32, 8, 128, 64)
-    assert can_run(64, 1, 64, 16) and not can_run(65, 1, 64, 16)
+    assert all(can_run(32, 8, d, 64) for d in (64, 128))
+    assert not can_run(32, 8, 80, 16) and not can_run(32, 8, 64, 5) and not can_run(32, 8, 128, 128)
+    assert can_run(128, 1, 64, 16) and not can_run(129, 1, 64, 16)
 
 
 def test_tensor_maps_are_described_with_the_last_axis_first(monkeypatch):
@@ -197,15 +198,15 @@ def test_the_launch_that_the_fused_operations_make(rng, monkeypatch):
             for block in range(grid[0]):
                 emulator.run(emulator.translate(kernel.py_func), values, block, grid[0])
 
-    monkeypatch.setattr(prefill_wgmma, "choose_shape", lambda head_dim: (1, 32, 2, 2))
+    monkeypatch.setattr(prefill_wgmma, "choose_shape", lambda head_dim, block_size: (1, 32, 2, 2))
     kernel = prefill_wgmma_kernel(64, 2, 16, 1, 32, 2, 2)
     emulator = Emulator(kernel.threads, kernel.shared_bytes)
     fused = object.__new__(FusedOperations)  # without a GPU there is no stream
-    fused.hopper = fused.dependent = True
+    fused.hopper, fused.dependent, fused.batch_invariant = True, True, False
     fused.num_multiprocessors, fused.maps, fused._run = 1, Maps(), launch
     arrays = [DeviceArray(emulator.put(x), x.shape, x.dtype, x) if isinstance(x, np.ndarray) else x
               for x in (out, *case)]
-    for fused.wgmma_prefill in (False, True):
+    for fused.wgmma_prefill_rows in (50, 49):  # there are 49
         fused.attention(*arrays)
     assert [name for name, _ in launched] == ["decode", "prefill", "decode", "prefill"]
     assert launched[1][1][1] == 2 and launched[3][1] == (2, 1, 1)

@@ -85,11 +85,13 @@ def _add_model(parser: argparse.ArgumentParser, **defaults) -> None:
     group.add_argument("--no-kv-cache", dest="use_kv_cache", action="store_false",
                        help="recompute every sequence at each step, for comparison")
     group.add_argument("--enforce-eager", action="store_true", help="call the operations one by one from Python")
+    group.add_argument("--batch-invariant", action="store_true",
+                       help="the same bits for a request whoever else is served (slower on a GPU)")
 
 
 ENGINE_OPTIONS = ("device", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_blocks",
                   "gpu_memory_utilization", "scheduling_policy", "seed", "enable_prefix_caching", "use_kv_cache",
-                  "enforce_eager")
+                  "enforce_eager", "batch_invariant")
 
 
 def _add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:

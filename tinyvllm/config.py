@@ -19,6 +19,8 @@ class EngineConfig:
     gpu_memory_utilization: share of the GPU's memory for weights, activations and the KV cache together.
     enable_prefix_caching: let requests share the blocks of equal prefixes.
     enforce_eager: call the operations one by one from Python, so that one can look between them.
+    batch_invariant: add up in an order that does not depend on who else is in the batch, so that a request's logits are
+        the same bits alone and in company. The CPU always does; on a GPU it costs speed.
     seed: of the draws of requests that bring no seed of their own.
     scheduling_policy: "continuous" batching, or "static" for comparison.
     use_kv_cache: False recomputes every sequence from its first token at each step, for comparison.
@@ -33,6 +35,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
+    batch_invariant: bool = False
     seed: int = 0
     scheduling_policy: str = "continuous"
     use_kv_cache: bool = True
@@ -52,7 +55,7 @@ class EngineConfig:
               "gpu_memory_utilization", "above 0 and at most 1")
         check(_is_int(self.seed), "seed", "a whole number")
         check(self.scheduling_policy in POLICIES, "scheduling_policy", f"one of {', '.join(map(repr, POLICIES))}")
-        for name in ("enable_prefix_caching", "enforce_eager", "use_kv_cache"):
+        for name in ("enable_prefix_caching", "enforce_eager", "batch_invariant", "use_kv_cache"):
             check(isinstance(getattr(self, name), bool), name, "True or False")
         if not self.use_kv_cache and self.enable_prefix_caching:
             raise ConfigError("use_kv_cache=False recomputes everything at each step, so there is no prefix to share: "

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from tinyvllm.config import EngineConfig
+from tinyvllm.engine.garbage import no_whole_collections
 from tinyvllm.engine.llm_engine import LLMEngine
 from tinyvllm.engine.request import Request
 from tinyvllm.errors import ConfigError, OutOfDeviceMemoryError, RequestError, TinyVLLMError, TokenizerError
@@ -62,14 +63,15 @@ class LLM:
     def __init__(self, model: str | os.PathLike = "demo", *, device: str = "auto", max_model_len: int | None = None,
                  max_num_seqs: int | None = None, max_num_batched_tokens: int | None = None, block_size: int = 16,
                  num_blocks: int | None = None, gpu_memory_utilization: float = 0.9,
-                 enable_prefix_caching: bool = True, enforce_eager: bool = False, seed: int = 0,
-                 scheduling_policy: str = "continuous", use_kv_cache: bool = True, skip_tokenizer_init: bool = False,
-                 use_tqdm: bool = True):
+                 enable_prefix_caching: bool = True, enforce_eager: bool = False, batch_invariant: bool = False,
+                 seed: int = 0, scheduling_policy: str = "continuous", use_kv_cache: bool = True,
+                 skip_tokenizer_init: bool = False, use_tqdm: bool = True):
         self.engine_config = EngineConfig(
             device=device, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens, block_size=block_size, num_blocks=num_blocks,
             gpu_memory_utilization=gpu_memory_utilization, enable_prefix_caching=enable_prefix_caching,
-            enforce_eager=enforce_eager, seed=seed, scheduling_policy=scheduling_policy, use_kv_cache=use_kv_cache)
+            enforce_eager=enforce_eager, batch_invariant=batch_invariant, seed=seed,
+            scheduling_policy=scheduling_policy, use_kv_cache=use_kv_cache)
         self.use_tqdm = use_tqdm
         self._lock = threading.Lock()  # around every use of the engine: threads may share an LLM
         self._inbox: dict[str, deque[RequestOutput]] = {}  # outputs of requests that a stream() is reading
@@ -82,7 +84,7 @@ class LLM:
         if self.tokenizer is not None:
             self.tokenizer.check_fits(self.model_config.vocab_size)
         checkpoint = Checkpoint(self.model_path, self.model_config)
-        self._backend = make_backend(device, enforce_eager)
+        self._backend = make_backend(device, enforce_eager, batch_invariant)
         self.device = self._backend.name
         # Planned before anything is allocated: a plan that cannot fit is refused with its numbers.
         self.memory_plan = plan_memory(self.model_config, self.engine_config, self._backend)
@@ -245,7 +247,7 @@ class LLM:
                 for request in requests:
                     self.engine.submit(request)
             with tqdm(total=len(request_ids), desc="requests", unit="request", disable=not use_tqdm,
-                      leave=False) as bar:
+                      leave=False) as bar, no_whole_collections():
                 while left:
                     with self._lock:  # released between steps: several threads take turns, and serve each other
                         done = {request_id for request_id in left if self._awaited[request_id] is not None}

@@ -98,6 +98,28 @@ def test_norm_qkv_rope_write(rng, fused, rows, heads, hidden):
             assert_close(cache[written], wanted[written], relative=6e-3)
 
 
+SHAPES = [(64, 16, 11, 4, 1, 1), (64, 64, 6, 2, 2, 1), (64, 32, 4, 1, 4, 1), (64, 128, 6, 1, 1, 1),
+          (64, 128, 6, 2, 4, 1), (128, 128, 3, 4, 2, 2), (128, 128, 6, 4, 1, 1), (192, 192, 4, 1, 1, 1),
+          (128, 192, 5, 4, 2, 1), (128, 256, 4, 1, 2, 1), (128, 256, 4, 8, 1, 1)]
+
+
+@pytest.mark.parametrize("rows", [13, 128, 300])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_tiles_whose_sums_are_split_and_whose_x_is_shared(rng, fused, monkeypatch, shape, rows):
+    """Every way of working in clusters, also those that no size chooses today. The last tiles are not full."""
+    from tinyvllm.kernels.gemm import skinny
+
+    if not fused.hopper:
+        pytest.skip("clusters are of compute capability 9.0")
+    monkeypatch.setattr(skinny, "choose_shape", lambda *sizes: shape)
+    residual, x = random_bf16(rng, rows, 840), random_bf16(rng, rows, 1096)
+    weight = random_bf16(rng, 840, 1096, scale=1096**-0.5)
+    (got, _), (expected, _) = run_both(fused, "linear_add", (residual, poisoned(rows, 840)), x, weight)
+    assert_close(got, expected)
+    test_norm_gate_up(rng, fused, rows, 712, 1016)
+    test_norm_qkv_rope_write(rng, fused, rows, (10, 3, 64), 712)
+
+
 @pytest.mark.parametrize("rows, wanted", [(1, 1), (8, 8), (30, 3), (30, 12), (8, 0), (300, 100), (300, 300)])
 def test_norm_logits_takes_the_rows_asked_for(rng, fused, rows, wanted):
     residual, norm = random_bf16(rng, rows, 256), random_bf16(rng, 256)

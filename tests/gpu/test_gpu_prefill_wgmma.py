@@ -38,7 +38,7 @@ def fused():
 
     cuda_support.cuda.current_context()
     operations = FusedOperations(Stream(), hopper=True)
-    operations.wgmma_prefill = True
+    operations.wgmma_prefill_rows = 0  # also for the smallest
     return operations
 
 
@@ -99,12 +99,12 @@ def test_many_requests_of_all_lengths(rng, fused):
 
 @pytest.mark.parametrize("head_dim, shape", [(d, shape) for d, shapes in SHAPES.items() for shape in shapes], ids=str)
 def test_other_shapes_of_tile(rng, fused, monkeypatch, head_dim, shape):
-    monkeypatch.setattr(prefill_wgmma, "choose_shape", lambda d: shape)
+    monkeypatch.setattr(prefill_wgmma, "choose_shape", lambda d, block_size: shape)
     check(fused, attention_case(rng, 8, 2, head_dim, 16, [700, 20, 129, 333], [1, 20, 100, 333]))
 
 
 def test_what_it_cannot_take_goes_to_the_other_kernel(rng, fused):
-    for heads, block_size in (((3, 1, 80), 16), ((8, 2, 64), 5), ((8, 2, 128), 64)):
+    for heads, block_size in (((3, 1, 80), 16), ((8, 2, 64), 5), ((8, 2, 128), 128)):
         check(fused, attention_case(rng, *heads, block_size, [40, 100], [40, 30]))
 
 
@@ -151,10 +151,10 @@ def test_it_agrees_with_the_other_kernel_at_sizes_of_use(rng, fused, heads, coun
     """Both round the weights to bf16, at different places of the online softmax."""
     case = attention_case(rng, *heads, 16, [length] * count, [length] * count)
     by_wgmma = attend(fused, case)
-    fused.wgmma_prefill = False
+    fused.wgmma_prefill_rows = 10**9
     try:
         by_mma = attend(fused, case)
     finally:
-        fused.wgmma_prefill = True
+        fused.wgmma_prefill_rows = 0
     assert relative_error(by_wgmma, by_mma) < 4e-3
     assert (by_wgmma != by_mma).any(), "the same kernel ran twice"

@@ -120,6 +120,45 @@ def ahead(bench: Bench, rounds: int, batches=(1, 32, 256), prompt=128, new=128, 
             2, lambda: bench.serve(*served).rate)
 
 
+def invariant(bench: Bench, rounds: int, batches=(1, 32, 256), prompt=32, new=128, count=16, length=1024) -> Figures:
+    """What batch_invariant=True costs: the same work with and without, in turn."""
+    for batch in batches:
+        def rate(on, batch=batch):
+            with batch_invariant(bench, on):
+                return bench.serve(bench.prompts(batch, prompt), [new] * batch).decode_rate
+
+        yield from _with_and_without(rate, f"decode, batch {batch} (tokens/s)", rounds)
+    flops = prefill_flops(bench.config, count, length)
+
+    def speed(on):
+        with batch_invariant(bench, on):
+            return flops / bench.serve(bench.prompts(count, length), [1] * count).first_token_s / 1e12
+
+    yield from _with_and_without(speed, f"prefill, {count} x {length} (TFLOP/s)", rounds)
+
+
+def _with_and_without(measure: Callable[[bool], float], what: str, rounds: int) -> Figures:
+    measure(False), measure(True)
+    pairs = [(measure(False), measure(True)) for _ in range(rounds)]
+    for i, way in enumerate(("off", "on")):
+        yield f"batch-invariant {way}: {what}", [pair[i] for pair in pairs]
+
+
+@contextlib.contextmanager
+def batch_invariant(bench: Bench, on: bool):
+    """The option, and graphs of its own, for a while."""
+    fused, graphs = getattr(bench.backend, "fused", None), bench.runner._graphs
+    if fused is None or graphs is None:
+        raise RuntimeError("batch invariance is an option of the fused operations: leave out --eager")
+    before, fused.batch_invariant = fused.batch_invariant, on
+    bench.graphs_by_way[before] = graphs._graphs
+    graphs._graphs = bench.graphs_by_way.setdefault(on, {})
+    try:
+        yield
+    finally:
+        fused.batch_invariant, graphs._graphs = before, bench.graphs_by_way[before]
+
+
 @contextlib.contextmanager
 def begun_ahead(runner, on: bool):
     """runner.runs_ahead set for a while."""

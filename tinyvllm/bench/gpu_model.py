@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinyvllm import SamplingParams
+from tinyvllm.engine.garbage import no_whole_collections
 from tinyvllm.engine.llm_engine import LLMEngine
 from tinyvllm.model.config import ModelConfig
 from tinyvllm.runner.backend import Backend
@@ -73,6 +74,7 @@ class Bench:
             self.fill(array, np.full(1 << 16, ONE, np.uint16) if "norm" in name else bits)
         self.runner = ModelRunner(self.config, store.finish(sizes.max_model_len), backend, **sizes._asdict())
         self.random = random.Random(0)
+        self.graphs_by_way: dict = {}  # see gpu_engine.batch_invariant
 
     def fill(self, array, bits: np.ndarray) -> None:
         """Write bits over all of a device array, again and again from their beginning."""
@@ -95,9 +97,10 @@ class Bench:
         for prompt, count in zip(prompts, max_tokens):
             engine.add_request(prompt, SamplingParams(max_tokens=count, ignore_eos=True, **sampling))
         first, at_first = 0.0, 0
-        while engine.has_unfinished_requests():
-            outputs = engine.step()
-            if outputs and not at_first:
-                first, at_first = time.perf_counter(), len(outputs)
+        with no_whole_collections():  # as LLM.generate does
+            while engine.has_unfinished_requests():
+                outputs = engine.step()
+                if outputs and not at_first:
+                    first, at_first = time.perf_counter(), len(outputs)
         end, tokens = time.perf_counter(), sum(max_tokens)
         return Served(end - start, first - start, tokens, (tokens - at_first) / max(end - first, 1e-9))

@@ -30,6 +30,7 @@ PARTS: dict[str, Callable] = {
     "products": lambda bench, rounds, peer, _: gpu_peers.products(bench, rounds, peer()),
     "prefill_attention": lambda bench, rounds, peer, note: gpu_peers.prefill_attention(bench, rounds, peer(), note),
     "ahead": lambda bench, rounds, *_: gpu_engine.ahead(bench, rounds),
+    "invariant": lambda bench, rounds, *_: gpu_engine.invariant(bench, rounds),
 }
 LOST = 3  # exit status of a process whose GPU no longer answers
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 from tinyvllm.engine.events import EventLog
+from tinyvllm.engine.garbage import WholeCollections
 from tinyvllm.errors import ConfigError, TinyVLLMError
 
 
@@ -167,15 +168,19 @@ class Driver:
 
     def _run(self) -> None:
         wait: float = 0.0  # seconds
+        collections = WholeCollections()
         while not self._closed:
             try:
+                collections.hold_back(not self._nothing_to_do())
                 self._drain(None if self._nothing_to_do() else wait)
                 wait = 0.0
                 if not self._closed and not self._nothing_to_do():
+                    collections.hold_back(True)
                     wait = self._advance()
             except BaseException as error:  # the run is over, the notebook and this thread are not
                 self.error = error if self.error is None else self.error
                 self._failed(error)
+        collections.hold_back(False)
         self._ended()
 
     def _nothing_to_do(self) -> bool:

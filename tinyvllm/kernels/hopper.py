@@ -21,10 +21,11 @@ from tinyvllm.kernels.ptx import INLINE, instruction
 
 __all__ = ["sequence", "zeros", "multiply_64", "multiply_wait", "multiply_wait_all", "multiply_wait_one",
            "barrier_init", "barrier_expect", "barrier_arrive", "barrier_arrive_where_0", "barrier_wait",
-           "barriers_ready", "tensor_load", "tensor_load_3d", "tensor_load_once",
-           "tensor_map_acquire", "tensor_store", "tensor_add", "stores_commit", "stores_read", "stores_done",
-           "shared_to_engine", "cluster_arrive", "cluster_wait", "cluster_leave", "cluster_sum", "put_sums",
-           "descriptor", "group_barrier", "emit"]
+           "barrier_arrive_in", "barriers_ready", "tensor_load", "tensor_load_3d", "tensor_load_hinted",
+           "tensor_load_for_all", "EVICT_FIRST", "EVICT_NORMAL", "tensor_map_acquire", "tensor_store", "tensor_add",
+           "stores_commit", "stores_read", "stores_done", "shared_to_engine", "cluster_arrive",
+           "cluster_arrive_relaxed", "cluster_wait", "cluster_leave", "cluster_sum", "put_sums", "descriptor",
+           "group_barrier", "emit"]
 
 if INLINE:
     from llvmlite import ir
@@ -90,7 +91,9 @@ def zeros(count: int):
 # ---- barriers in shared memory ----
 
 barrier_init = instruction("mbarrier.init.shared::cta.b64 [$0], $1;", "", "u32 u32", memory=True)
-barriers_ready = instruction("fence.mbarrier_init.release.cluster; fence.proxy.async;", "", "", memory=True)
+# for shared memory only: the fence for all of memory costs what a barrier for the whole GPU does
+barriers_ready = instruction("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;", "", "",
+                             memory=True)
 # one arrival, and so many bytes to come
 barrier_expect = instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "", "u32 u32", memory=True)
 barrier_arrive = instruction("mbarrier.arrive.shared::cta.b64 _, [$0];", "", "u32", memory=True)
@@ -99,6 +102,11 @@ barrier_arrive_where_0 = instruction("{ .reg .pred P; setp.eq.u32 P, $1, 0; "
                                      "@P mbarrier.arrive.shared::cta.b64 _, [$0]; }", "", "u32 u32", memory=True)
 barrier_wait = instruction("{ .reg .pred P; W: mbarrier.try_wait.parity.shared::cta.b64 P, [$0], $1, 0x989680; "
                            "@P bra D; bra W; D: }", "", "u32 u32", memory=True, volatile=True)
+# (barrier, rank): of the block of that rank in the cluster, at the same place there. Without .release.cluster, which
+# would be a barrier for all of memory at every arrival: what has to be ordered, the reads of a product, has been waited
+# for.
+barrier_arrive_in = instruction("{ .reg .b32 r; mapa.shared::cluster.u32 r, $0, $1; "
+                                "mbarrier.arrive.shared::cluster.b64 _, [r]; }", "", "u32 u32", memory=True)
 # a barrier of 128 threads, by number (0 is syncthreads)
 group_barrier = instruction("bar.sync $0, 128;", "", "u32", memory=True, volatile=True)
 
@@ -109,10 +117,14 @@ tensor_load = instruction(f"{_LOAD} [$0], [$1, {{$2, $3}}], [$4];", "", "u32 u64
 # of a map with three axes: (shared address, map, column, row, plane, barrier)
 tensor_load_3d = instruction(f"{_LOAD.replace('2d', '3d')} [$0], [$1, {{$2, $3, $4}}], [$5];", "",
                              "u32 u64 u32 u32 u32 u32", memory=True)
-# for weights: they are not wanted again before they have been pushed out of L2 anyway ("evict first")
-tensor_load_once = instruction("{ .reg .b64 hint; mov.b64 hint, 0x12F0000000000000; "
-                               f"{_LOAD}.L2::cache_hint [$0], [$1, {{$2, $3}}], [$4], hint; }}", "",
-                               "u32 u64 u32 u32 u32", memory=True)
+# (..., hint): what the L2 cache shall push out, of what came this way
+tensor_load_hinted = instruction(f"{_LOAD}.L2::cache_hint [$0], [$1, {{$2, $3}}], [$4], $5;", "",
+                                 "u32 u64 u32 u32 u32 u64", memory=True)
+EVICT_FIRST, EVICT_NORMAL = 0x12F0000000000000, 0x1000000000000000
+# (..., mask): into every block of the cluster whose rank is a bit of the mask, at the same place, reporting to the
+# barrier at the same place there
+tensor_load_for_all = instruction(f"{_LOAD}.multicast::cluster [$0], [$1, {{$2, $3}}], [$4], $5;", "",
+                                  "u32 u64 u32 u32 u32 u16", memory=True)
 tensor_map_acquire = instruction("fence.proxy.tensormap::generic.acquire.gpu [$0], 128;", "", "u64", memory=True)
 # (map, column, row, shared address)
 tensor_store = instruction("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [$0, {$1, $2}], [$3];", "",
@@ -183,29 +195,35 @@ multiply_wait_one = instruction("wgmma.wait_group.sync.aligned 1;", "", "", memo
 # ---- clusters: blocks that see each other's shared memory ----
 
 cluster_arrive = instruction("barrier.cluster.arrive.release.aligned;", "", "", memory=True, volatile=True)
+# where nothing has been written that others read: not a barrier for memory
+cluster_arrive_relaxed = instruction("barrier.cluster.arrive.relaxed.aligned;", "", "", memory=True, volatile=True)
 cluster_wait = instruction("barrier.cluster.wait.acquire.aligned;", "", "", memory=True, volatile=True)
 cluster_leave = instruction("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned;", "", "",
                             memory=True, volatile=True)  # nobody leaves while another may still read
 
 
-def cluster_sum(blocks: int):
-    """Four float32 at the same shared address of each of so many blocks, added in pairs."""
+def cluster_sum(blocks: int, apart: int):
+    """v = add(address, first): eight float32 of each of so many blocks, added in pairs.
 
-    def build(builder, address):
-        parts = []
-        for i in range(blocks):
-            if blocks == 1:
-                text = "ld.shared.v4.f32 {$0,$1,$2,$3}, [$4];"
-            else:
-                text = (f"{{ .reg .b32 r; mapa.shared::cluster.u32 r, $4, {i}; "
-                        "ld.shared::cluster.v4.f32 {$0,$1,$2,$3}, [r]; }")
-            parts.append(emit(builder, text, "f32 " * 4, "u32", address, memory=True))
+    Four are at a shared address, four `apart` bytes further; the blocks' ranks in the cluster are first, first + 1, ...
+    """
+
+    def build(builder, address, first):
+        parts, places = [], [address[0]]
+        if blocks > 1:
+            places = [emit(builder, f"{{ .reg .b32 r; add.u32 r, $2, {i}; mapa.shared::cluster.u32 $0, $1, r; }}",
+                           "u32", "u32 u32", address + first)[0] for i in range(blocks)]
+        window = "shared::cluster" if blocks > 1 else "shared"
+        for place in places:
+            parts.append([value for offset in (0, apart) for value in emit(
+                builder, f"ld.{window}.v4.f32 {{$0,$1,$2,$3}}, [$4+{offset}];", "f32 " * 4, "u32", [place],
+                memory=True)])
         while len(parts) > 1:
             pairs = [[builder.fadd(x, y) for x, y in zip(parts[i], parts[i + 1])] for i in range(0, len(parts) - 1, 2)]
             parts = pairs + parts[2 * len(pairs):]
         return parts[0]
 
-    return sequence("f32*4", "u32", build)
+    return sequence("f32*8", "u32 u32", build)
 
 
 def put_sums(count: int, pitch: int):

@@ -6,7 +6,7 @@ that a kernel can call it:
 
     exp2 = instruction("ex2.approx.ftz.f32 $0, $1;", "f32", "f32")       y = exp2(x)
 
-Types are named as PTX does: f32, u32, u64, u16. Several outputs come back as a tuple. `memory=True` says that
+Types are named as PTX does: f32, f64, u32, u64, u16. Several outputs come back as a tuple. `memory=True` says that
 the text reads or writes memory, so that the compiler does not move other accesses across it; `volatile=True`
 that it must run where it stands even if its result looks unused (barriers, and everything a whole warp does
 together).
@@ -52,11 +52,11 @@ if INLINE:
     from numba.cuda.typing import signature as typing_signature
 
     _NUMBA = {"f32": types.float32, "u32": types.uint32, "i32": types.int32, "u64": types.uint64,
-              "u16": types.uint16}
+              "u16": types.uint16, "f64": types.float64}
     _LLVM = {"f32": ir.FloatType(), "u32": ir.IntType(32), "i32": ir.IntType(32), "u64": ir.IntType(64),
-             "u16": ir.IntType(16)}
+             "u16": ir.IntType(16), "f64": ir.DoubleType()}
     # LLVM's letters for register classes
-    _REGISTER = {"f32": "f", "u32": "r", "i32": "r", "u64": "l", "u16": "h"}
+    _REGISTER = {"f32": "f", "u32": "r", "i32": "r", "u64": "l", "u16": "h", "f64": "d"}
 
 
 def instruction(text: str, outputs: str, inputs: str, *, volatile: bool = False, memory: bool = False,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tinyvllm.errors import OutOfDeviceMemoryError
+from tinyvllm.errors import ConfigError, OutOfDeviceMemoryError
 from tinyvllm.kernels import cuda_backend
 from tinyvllm.kernels.cuda_support import cuda, require_cuda, simulated
 from tinyvllm.kernels.device_array import DeviceArray, over_numba_arrays
@@ -24,18 +24,24 @@ class CUDABackend:
     between them. Otherwise model/llama_fused.py runs where it can, on a stream of its own, and decode steps are
     replayed as graphs (runner/cuda_graphs.py).
 
-    Raises DeviceError, in the user's words, if there is no GPU, no driver, or its compute capability is too low.
+    batch_invariant: see EngineConfig; only the fused operations can.
+
+    Raises ConfigError, or DeviceError, in the user's words, if there is no GPU, no driver, or its compute capability is too low.
     """
 
     name = "cuda"
 
-    def __init__(self, enforce_eager: bool = False):
+    def __init__(self, enforce_eager: bool = False, batch_invariant: bool = False):
         require_cuda()
+        self.batch_invariant = batch_invariant
         operations = cuda_backend.chosen_operations()
         self._tokens: PinnedPair | None = None  # see download_later
         self._staging: PinnedPair | None = None
         self.fused = None  # the fused operations, if this backend has them; then arrays are DeviceArrays
         if enforce_eager or simulated() or cuda_backend.linear_was_chosen():
+            if batch_invariant:
+                raise ConfigError("batch_invariant=True needs the GPU's fused operations, which enforce_eager=True, "
+                                  "TINYVLLM_CUDA_LINEAR and the simulator do without: choose one of the two")
             self._bind(operations)
         else:
             self._bind({name: over_numba_arrays(operation) for name, operation in operations.items()})
@@ -48,12 +54,13 @@ class CUDABackend:
 
     def _fuse(self) -> None:
         from tinyvllm.kernels.driver import Stream
-        from tinyvllm.kernels.fused.operations import FusedOperations, can_run
+        from tinyvllm.kernels.fused.operations import FusedOperations, can_choose, can_run
         from tinyvllm.model import llama_fused
 
         cuda.current_context()
-        self.fused = fused = FusedOperations(Stream())
-        fused_forward, eager_forward, eager_argmax = llama_fused.bind(fused.table), self.eager_forward, self.argmax
+        self.fused = fused = FusedOperations(Stream(), batch_invariant=self.batch_invariant)
+        fused_forward, eager_forward = llama_fused.bind(fused.table), self.eager_forward
+        eager_argmax, eager_sample = self.argmax, self.sample
 
         def forward(w, kv, batch, buf, dims):
             cuda.current_context()
@@ -62,16 +69,24 @@ class CUDABackend:
         def argmax(ids, logits):
             cuda.current_context()
             if logits.shape[0]:
-                (eager_argmax if logits.shape[1] % 8 else fused.argmax)(ids, logits)
+                (fused.argmax if can_choose(logits.shape[1]) else eager_argmax)(ids, logits)
 
-        self.forward, self.argmax, self.take_sampled = forward, argmax, fused.take_sampled
+        def sample(ids, logits, *parameters):
+            cuda.current_context()
+            if logits.shape[0]:
+                (fused.sample if can_choose(logits.shape[1]) else eager_sample)(ids, logits, *parameters)
+
+        self.forward, self.argmax, self.sample, self.take_sampled = forward, argmax, sample, fused.take_sampled
 
     def decode_graphs(self, runner):
         """What replays decode steps of a model runner, or None if they have to be launched one by one."""
-        from tinyvllm.kernels.fused.operations import can_run
+        from tinyvllm.kernels.fused.operations import can_choose, can_run
         from tinyvllm.runner.cuda_graphs import DecodeGraphs
 
-        if self.fused is None or not can_run(runner.weights, runner.dims) or runner.config.vocab_size % 8:
+        if self.fused is None or not (can_run(runner.weights, runner.dims) and can_choose(runner.config.vocab_size)):
+            if self.batch_invariant:
+                raise ConfigError("batch_invariant=True cannot be had on a GPU for this model (biases, or sizes that "
+                                  "the fused operations do not have): leave it out, or use device='cpu'")
             return None
         return DecodeGraphs(runner, self)
 

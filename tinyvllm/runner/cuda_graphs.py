@@ -14,9 +14,10 @@ A graph is captured when its pair of buckets first comes up: that step is launch
 next time. What is captured is model/llama_fused.py itself; there is no second copy of the model here. A step with a
 watched request has graphs of its own, which also keep its rows; they end with the memory that they keep them in.
 
-    inputs   | input_ids | positions | slot_mapping | seq_lens | watch_positions | block_tables |
+    inputs   | sampling parameters | input_ids | positions | slot_mapping | seq_lens | watch_positions | block_tables |
 
-(int32, for one pair of buckets).
+(int32, for one pair of buckets; sampling parameters as in runner/sampling.py). A step whose requests are all greedy
+ends with argmax, any other one with a draw: neither looks at the parameters on the host.
 """
 
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from tinyvllm.kernels.cuda_support import ceil_div, cuda
 from tinyvllm.kernels.device_array import DeviceArray
 from tinyvllm.model.llama import NOT_WATCHED, Batch, Watch
 from tinyvllm.runner.pinned import Pinned, PinnedPair
+from tinyvllm.runner.sampling import NUMBERS, SamplingParameters, fill, fill_positions, parameters_in
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # numbers of requests
 COLUMNS = ("input_ids", "positions", "slot_mapping", "seq_lens", "watch_positions")
@@ -51,9 +53,9 @@ class DecodeGraphs:
         buckets = [*BUCKETS, *range(BUCKETS[-1] + 64, most + 64, 64)]
         self.buckets = sorted({min(bucket, most) for bucket in buckets if bucket < most + 64})
         self.max_blocks = runner.max_blocks
-        size = self.buckets[-1] * (len(COLUMNS) + self._width(self.max_blocks))
+        size = self.buckets[-1] * (NUMBERS + len(COLUMNS) + self._width(self.max_blocks))
         self._inputs = PinnedPair(self.stream, size)
-        self._device = backend.empty((size,), np.int32)
+        self._inputs_on_device = backend.empty((size,), np.int32)
         self._indices = backend.empty((self.buckets[-1] + 1,), np.int32)
         backend.put(self._indices, 0, np.arange(self.buckets[-1] + 1, dtype=np.int32))
         self._graphs: dict[tuple[int, int, bool, bool], Any] = {}  # requests, width, greedy, watched
@@ -77,8 +79,8 @@ class DecodeGraphs:
         greedy = not any(s.request.params.temperature for s in scheduled)
         watched = self._prepare_to_keep(watch)
         inputs = self._inputs.take()
-        used = self._fill(inputs, scheduled, watch, bucket, width)
-        self.stream.copy_to_device(self._device.address, inputs.array.ctypes.data, 4 * used)
+        used = self._fill(inputs, scheduled, watch, bucket, width, greedy)
+        self.stream.copy_to_device(self._inputs_on_device.address, inputs.array.ctypes.data, 4 * used)
         inputs.copying()
 
         key = bucket, width, greedy, watched
@@ -88,12 +90,12 @@ class DecodeGraphs:
             self.last_graph = graph
         else:
             batch = self._batch(bucket, width, watch)
-            self._launch(batch, greedy)
+            parameters = None if greedy else parameters_in(self._inputs_on_device, bucket)
+            self._launch(batch, parameters)
             with self.stream.capture() as captured:
-                self._launch(batch, greedy)
+                self._launch(batch, parameters)
             self._graphs[key] = captured.graph
-        tokens = self.runner.token_ids[:count] if greedy else self.runner.sample(scheduled)
-        download = self.backend.download_later(tokens)
+        download = self.backend.download_later(self.runner.token_ids[:count])
         return lambda: download().tolist()
 
     # ---- details ----
@@ -113,18 +115,19 @@ class DecodeGraphs:
             self._graphs = {key: graph for key, graph in self._graphs.items() if not key[3]}
         return True
 
-    def _fill(self, inputs: Pinned, scheduled: list, watch: Watch, bucket: int, width: int) -> int:
+    def _fill(self, inputs: Pinned, scheduled: list, watch: Watch, bucket: int, width: int, greedy: bool) -> int:
         """Write the step's inputs into a pinned buffer; returns how many numbers.
 
         Of the buffer: shape is the pair of buckets that it is laid out for, rows are (whose block table a row holds, of
-        how many blocks).
+        how many blocks), requests are whose sampling parameters it holds.
         """
         count, block_size = len(scheduled), self.block_size
-        first_table = len(COLUMNS) * bucket
-        columns = inputs.array[:first_table].reshape(len(COLUMNS), bucket)
+        first_column = NUMBERS * bucket
+        first_table = first_column + len(COLUMNS) * bucket
+        columns = inputs.array[first_column:first_table].reshape(len(COLUMNS), bucket)
         tables = inputs.array[first_table:first_table + bucket * width].reshape(bucket, width)
         if inputs.shape != (bucket, width):
-            inputs.shape, inputs.rows = (bucket, width), []
+            inputs.shape, inputs.rows, inputs.requests = (bucket, width), [], []
             columns[:] = 0
             tables[:] = 0
         starts = [s.start for s in scheduled]
@@ -136,6 +139,14 @@ class DecodeGraphs:
         columns[2, count:], columns[3, count:] = -1, 0  # rows that are not there: no slot, no context
         if watch.positions.shape[0]:
             columns[4, :count], columns[4, count:] = watch.positions, -1
+        if not greedy:
+            parameters, requests = parameters_in(inputs.array, bucket), [s.request for s in scheduled]
+            if requests == inputs.requests:
+                fill_positions(parameters, scheduled)
+            else:
+                inputs.requests = []
+                fill(parameters, scheduled)
+                inputs.requests = requests
         rows = inputs.rows
         for i, s in enumerate(scheduled):  # a table only grows, in its own list: most are what they were a step ago
             blocks = s.block_ids
@@ -153,10 +164,11 @@ class DecodeGraphs:
         return first_table + count * width
 
     def _batch(self, bucket: int, width: int, watch: Watch) -> Batch:
-        address = self._device.address
+        inputs = self._inputs_on_device
+        address = inputs.address + 4 * NUMBERS * bucket
 
         def part(offset: int, *shape: int) -> DeviceArray:
-            return DeviceArray(address + 4 * offset, shape, INT32, self._device)
+            return DeviceArray(address + 4 * offset, shape, INT32, inputs)
 
         columns = {name: part(i * bucket, bucket) for i, name in enumerate(COLUMNS)}
         positions = columns.pop("watch_positions")
@@ -166,10 +178,13 @@ class DecodeGraphs:
                      query_start_loc=self._indices[:bucket + 1], logits_indices=self._indices[:bucket],
                      num_decodes=bucket, watch=watch)
 
-    def _launch(self, batch: Batch, greedy: bool) -> None:
-        runner = self.runner
+    def _launch(self, batch: Batch, parameters: SamplingParameters | None) -> None:
+        """parameters: of the rows, on the device; None: they are all greedy."""
+        runner, bucket = self.runner, batch.num_decodes
         self.backend.take_sampled(batch.input_ids, runner.token_ids)
         self.backend.forward(runner.weights, runner.kv_cache, batch, runner.buffers, runner.dims)
-        if greedy:
-            bucket = batch.num_decodes
-            self.backend.argmax(runner.token_ids[:bucket], runner.buffers.logits[:bucket])
+        token_ids, logits = runner.token_ids[:bucket], runner.buffers.logits[:bucket]
+        if parameters is None:
+            self.backend.argmax(token_ids, logits)
+        else:
+            self.backend.sample(token_ids, logits, *parameters)

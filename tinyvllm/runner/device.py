@@ -4,8 +4,9 @@ from tinyvllm.errors import DeviceError
 from tinyvllm.runner.backend import Backend
 
 
-def make_backend(device: str = "auto", enforce_eager: bool = False) -> Backend:
-    """The backend for "auto", "cuda" or "cpu". Raises DeviceError if "cuda" was asked for and cannot be had.
+def make_backend(device: str = "auto", enforce_eager: bool = False, batch_invariant: bool = False) -> Backend:
+    """The backend for "auto", "cuda" or "cpu". Raises DeviceError if "cuda" was asked for and cannot be had, and
+    ConfigError for options that exclude each other on a GPU. The CPU's sums never depend on the batch.
 
     Backends are imported here, not above: the CPU path must work where numba.cuda cannot even be imported.
     """
@@ -13,7 +14,7 @@ def make_backend(device: str = "auto", enforce_eager: bool = False) -> Backend:
         try:
             from tinyvllm.runner.cuda import CUDABackend
 
-            return CUDABackend(enforce_eager)
+            return CUDABackend(enforce_eager, batch_invariant)
         except DeviceError:
             if device == "cuda":
                 raise

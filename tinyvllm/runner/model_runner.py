@@ -9,6 +9,7 @@ from tinyvllm.model.config import ModelConfig
 from tinyvllm.model.llama import NOT_WATCHED, Buffers, Dims, KVCache, Watch, Weights
 from tinyvllm.runner.backend import Backend
 from tinyvllm.runner.batch import BatchBuilder, OneStaging
+from tinyvllm.runner.sampling import SamplingInputs
 from tinyvllm.runner.watch import RequestWatch
 
 
@@ -31,10 +32,7 @@ class ModelRunner:
         max_blocks = min(num_blocks, -(-max_model_len // block_size))
         self.builder = BatchBuilder(max_num_batched_tokens, max_num_seqs, max_blocks, block_size,
                                     backend.empty, backend.upload, getattr(backend, "staging", OneStaging))
-        dtypes = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "seed": np.uint64,
-                  "position": np.int64}
-        self._sampling_host = {name: np.zeros(max_num_seqs, dtype) for name, dtype in dtypes.items()}
-        self._sampling_device = {name: backend.empty((max_num_seqs,), dtype) for name, dtype in dtypes.items()}
+        self._sampling = SamplingInputs(backend, max_num_seqs)
         self.token_ids = backend.empty((max_num_seqs,), np.int32)  # what was sampled last, on the device
         self.max_num_seqs, self.max_blocks = max_num_seqs, max_blocks
         # For who looks in between two steps (tinyvllm/probe):
@@ -134,17 +132,7 @@ class ModelRunner:
         if all(scheduled.request.params.temperature == 0 for scheduled in sampled):
             compute.argmax(token_ids, logits)
             return token_ids
-        host = self._sampling_host
-        for i, scheduled in enumerate(sampled):
-            request = scheduled.request
-            host["temperature"][i] = request.params.temperature
-            host["top_k"][i] = request.params.top_k
-            host["top_p"][i] = request.params.top_p
-            host["seed"][i] = request.seed
-            host["position"][i] = scheduled.start + scheduled.num_scheduled_tokens  # the one that the new token takes
-        device = {name: self.backend.upload(self._sampling_device[name], host[name][:num]) for name in host}
-        compute.sample(token_ids, logits, device["temperature"], device["top_k"], device["top_p"],
-                       device["seed"], device["position"])
+        compute.sample(token_ids, logits, *self._sampling.put(sampled))
         return token_ids
 
 

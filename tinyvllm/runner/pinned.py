@@ -10,12 +10,13 @@ from tinyvllm.kernels.driver import Event, Stream, pinned_buffer
 
 
 class Pinned:
-    """One of the buffers. array: int32, on the host; shape and rows: for whoever fills it to remember how."""
+    """One of the buffers. array: int32, on the host; shape, rows, requests: for whoever fills it to remember how."""
 
     def __init__(self, stream: Stream, count: int):
         self.array = np.frombuffer(pinned_buffer(4 * count), np.int32)
         self.shape: tuple[int, ...] = ()
         self.rows: list = []
+        self.requests: list = []
         self._stream, self._event, self._in_use = stream, Event(), False
 
     def copying(self) -> None:

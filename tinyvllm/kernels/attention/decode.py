@@ -13,7 +13,8 @@ in ascending order: a row's result does not depend on the batch around it.
 
 decode_simple.py does just this, a key a thread; read it first. Here the G query heads of a key head are the
 rows of an mma, so that a key is fetched once for all of them; each warp walks over its own 16 keys of every
-tile, and the warps' results are merged in shared memory at the end.
+tile, and the warps' results are merged in shared memory at the end. decode_registers.py does it faster, where it
+can run.
 
 The grid is made for the longest context that the block tables have room for: blocks beyond a request's own
 context return at once. Pass tables no wider than the longest request in the batch needs.

@@ -18,22 +18,23 @@ from typing import Any
 
 import numpy as np
 
-from tinyvllm.kernels.attention import decode, prefill, prefill_wgmma
+from tinyvllm.kernels.attention import decode, decode_registers, prefill, prefill_wgmma
 from tinyvllm.kernels.attention.combine import WARPS as COMBINE_WARPS
 from tinyvllm.kernels.attention.combine import combine_parts_kernel
 from tinyvllm.kernels.attention.decode_simple import STATISTICS
 from tinyvllm.kernels.attention.prefill_simple import num_tiles as prefill_tiles
 from tinyvllm.kernels.cuda_support import ceil_div, compute_capability, cuda, pointer
 from tinyvllm.kernels.driver import Stream
-from tinyvllm.kernels.fused import greedy, rope_write, rows, take_sampled
+from tinyvllm.kernels.fused import draw, greedy, key_bins, rope_write, rows, take_sampled, thresholds
 from tinyvllm.kernels.fused.tensor_maps import TensorMaps
 from tinyvllm.kernels.gemm import few_rows, skinny, tensor_core, wgmma
 
-__all__ = ["FusedOperations", "can_run"]
+__all__ = ["FusedOperations", "can_run", "can_choose"]
 
 MOST_SHARED_BYTES = 160 * 1024  # few_rows keeps x in shared memory; beyond this it is left to the other kernels
 DECODE_STAGES = 2  # of decode attention; with 3 or 4 fewer blocks fit on a multiprocessor, for the same bandwidth
 FEW_ROWS_HOPPER = 4  # from here on wgmma is faster: at 8 rows a step takes 894 us by skinny.py, 937 by few_rows.py
+WGMMA_PREFILL_ROWS = 128  # a prompt of 32 tokens is there after 1.83 ms without wgmma in its attention, 2.05 with it
 NO_ADDRESSES = (0,) * 7
 
 
@@ -45,6 +46,11 @@ def can_run(weights: Any, dims: Any) -> bool:
             and prefill.tensor_core_can_run(dims.num_heads, dims.num_kv_heads, dims.head_dim))
 
 
+def can_choose(vocab_size: int) -> bool:
+    """Whether argmax and sample here are made for so many logits."""
+    return vocab_size % 8 == 0 and vocab_size <= draw.MOST_COLUMNS
+
+
 def _bucket(num_rows: int) -> int:
     """1, 2, 4 or 8: what few_rows.py is made for."""
     return 1 << (num_rows - 1).bit_length()
@@ -54,12 +60,13 @@ class FusedOperations:
     """Bound to one stream of the current device. `table` is for llama_fused.bind; arrays are DeviceArrays.
 
     hopper: use what only compute capability 9.0 has (default: where the device is one).
+    batch_invariant: add up in an order that does not depend on the number of rows or requests.
     """
 
-    def __init__(self, stream: Stream, hopper: bool | None = None):
-        self.stream = stream
+    def __init__(self, stream: Stream, hopper: bool | None = None, batch_invariant: bool = False):
+        self.stream, self.batch_invariant = stream, batch_invariant
         self.hopper = self.dependent = compute_capability() == (9, 0) if hopper is None else hopper
-        self.wgmma_prefill = False  # prefill attention by wgmma: off until it has been run on a GPU
+        self.wgmma_prefill_rows = WGMMA_PREFILL_ROWS
         self.maps = TensorMaps(stream)
         self.num_multiprocessors = cuda.get_current_device().MULTIPROCESSOR_COUNT
         self._scratch: dict[int, Any] = {}  # kept for good: graphs refer to them
@@ -99,21 +106,8 @@ class FusedOperations:
         group = num_heads // num_kv_heads
         scale = scale * prefill.LOG2_E
         if num_decodes:
-            shared_percent = self._shared_percent(out.shape[0])
-            splits = ceil_div(max_blocks * block_size, decode.SPLIT)
-            parts = 0
-            if splits > 1:
-                parts = self._workspace(num_decodes * num_heads * splits * (head_dim + STATISTICS))
-            kernel = decode.decode_kernel(head_dim, self.dependent, DECODE_STAGES, block_size, shared_percent)
-            self._run(kernel, (splits, num_kv_heads * ceil_div(group, 16), num_decodes), kernel.threads,
-                      kernel.shared_bytes, out.address, parts, qkv.address, k_cache.address, v_cache.address,
-                      block_tables.address, seq_lens.address, max_blocks, splits, scale, num_heads, num_kv_heads,
-                      block_size)
-            if splits > 1:
-                num_rows = num_decodes * num_heads
-                self._run(combine_parts_kernel(head_dim, decode.SPLIT, self.dependent, shared_percent),
-                          (ceil_div(num_rows, COMBINE_WARPS), 1, 1), 32 * COMBINE_WARPS, 0, out.address, parts,
-                          seq_lens.address, splits, num_heads, num_rows)
+            self._decode_attention(out, qkv, k_cache, v_cache, block_tables, seq_lens, num_decodes, scale, num_heads,
+                                   num_kv_heads, head_dim, block_size)
         if num_decodes < num_requests and not self._wgmma_prefill(
                 out, qkv, k_cache, v_cache, block_tables, seq_lens, query_start_loc, num_decodes, scale, num_heads,
                 num_kv_heads, head_dim, block_size):
@@ -178,7 +172,7 @@ class FusedOperations:
                   take_sampled.THREADS, 0, input_ids.address, sampled.address, count)
 
     def argmax(self, ids, logits) -> None:
-        """As argmax_numpy; the vocabulary a multiple of 8."""
+        """As argmax_numpy, if can_choose."""
         num_rows, vocab_size = logits.shape
         parts = max(1, min(ceil_div(vocab_size, 8 * greedy.THREADS), 4 * self.num_multiprocessors // num_rows))
         scratch = self._workspace(2 * num_rows * parts)
@@ -186,6 +180,23 @@ class FusedOperations:
                   greedy.SHARED_BYTES, scratch, logits.address, vocab_size)
         self._run(greedy.best_of_row_kernel(self.dependent), (num_rows, 1, 1), greedy.THREADS, greedy.SHARED_BYTES,
                   ids.address, scratch, parts)
+
+    def sample(self, ids, logits, temperature, top_k, top_p, seed, position) -> None:
+        """As sample_numpy, if can_choose. Parameters may change between replays of what was captured."""
+        num_rows, vocab_size = logits.shape
+        plan = draw.make_plan(num_rows, vocab_size, self.num_multiprocessors)
+        records = self._workspace(plan.scratch_bytes // 4)
+        found, parts = records + plan.thresholds_at, records + plan.parts_at
+        given = logits.address, temperature.address, top_k.address, top_p.address
+        count, find = key_bins.count_kernel(self.dependent), thresholds.find_kernel(self.dependent)
+        best, choose = draw.draw_kernel(self.dependent), draw.choose_kernel(self.dependent)
+        self._run(count, (plan.count_parts, num_rows, 1), key_bins.COUNT_THREADS, count.shared_bytes, records, *given,
+                  vocab_size, plan.count_vectors)
+        self._run(find, (num_rows, 1, 1), find.threads, find.shared_bytes, found, records, *given, vocab_size,
+                  plan.count_parts)
+        self._run(best, (plan.draw_parts, num_rows, 1), draw.DRAW_THREADS, best.shared_bytes, parts, found, *given,
+                  seed.address, position.address, vocab_size, plan.draw_vectors)
+        self._run(choose, (num_rows, 1, 1), 32, 0, ids.address, parts, plan.draw_parts)
 
     # ---- parts of them ----
 
@@ -202,13 +213,14 @@ class FusedOperations:
 
     def _shared_percent(self, num_rows: int) -> int | None:
         """For kernels between those for a few rows: fast memory divided as they do, for a change holds up all three."""
-        few = self.hopper and num_rows <= FEW_ROWS_HOPPER
+        few = self.hopper and num_rows <= FEW_ROWS_HOPPER and not self.batch_invariant
         return few_rows.SHARED_PERCENT[_bucket(num_rows)] if few else None
 
     def _few_rows(self, x, norm: bool, after: str, head_dim: int = 0):
-        """The kernel for a few rows, or None if there are too many, or too wide ones."""
+        """The kernel for a few rows, or None if there are too many, or too wide ones. (It adds up in another order than
+        those for many.)"""
         num_rows, depth = x.shape
-        if num_rows > (FEW_ROWS_HOPPER if self.hopper else few_rows.MAX_ROWS):
+        if self.batch_invariant or num_rows > (FEW_ROWS_HOPPER if self.hopper else few_rows.MAX_ROWS):
             return None
         kernel = few_rows.few_rows_kernel(_bucket(num_rows), depth, norm, after, head_dim, self.dependent)
         return kernel if kernel.shared_bytes <= MOST_SHARED_BYTES else None
@@ -231,17 +243,19 @@ class FusedOperations:
             return False
         return self._skinny(after, out, x, weight) or self._wgmma(after, out, x, weight)
 
-    def _skinny(self, after, out, x, weight, addresses=(0,) * 5, numbers=(0,) * 3, head_dim: int = 0) -> bool:
+    def _skinny(self, after, out, x, weight, addresses=(0,) * 5, numbers=(0,) * 3, head_dim: int = 0,
+                shape: tuple | None = None) -> bool:
+        """shape: of skinny_kernel, in place of the one for these sizes."""
         (num_rows, depth), num_outputs = x.shape, weight.shape[0]
-        if num_rows > skinny.MAX_ROWS:
-            return False
-        shape = skinny.choose_shape(num_rows, num_outputs, depth, head_dim, self.num_multiprocessors)
-        BM, BN, _, split, _ = shape
+        if shape is None:
+            choose = skinny.choose_invariant_shape if self.batch_invariant else skinny.choose_shape
+            shape = choose(num_rows, num_outputs, depth, head_dim, self.num_multiprocessors)
+            if shape is None:
+                return False
         kernel = skinny.skinny_kernel(*shape, after, head_dim)
-        kernel.direct.launch((ceil_div(num_outputs, BM) * split, ceil_div(num_rows, BN), 1), kernel.threads,
-                             kernel.shared_bytes, self.stream,
-                             (self.maps.of(weight, kernel.box_rows), self.maps.of(x, BN), out.address, *addresses,
-                              num_rows, num_outputs, depth, *numbers), True, split)
+        kernel.direct.launch(kernel.grid(num_rows, num_outputs), kernel.threads, kernel.shared_bytes, self.stream,
+                             (self.maps.of(weight, kernel.box_rows), self.maps.of(x, kernel.x_rows), out.address,
+                              *addresses, num_rows, num_outputs, depth, *numbers), True, kernel.cluster)
         return True
 
     def _wgmma(self, after, out, x, weight) -> bool:
@@ -255,11 +269,12 @@ class FusedOperations:
     def _wgmma_prefill(self, out, qkv, k_cache, v_cache, block_tables, seq_lens, query_start_loc, num_decodes, scale,
                        num_heads, num_kv_heads, head_dim, block_size) -> bool:
         """Prefill attention by wgmma (scale times log2(e)); False where it cannot."""
-        if not (self.hopper and self.wgmma_prefill
+        rows = out.shape[0] - num_decodes
+        if not (self.hopper and (self.batch_invariant or rows >= self.wgmma_prefill_rows)
                 and prefill_wgmma.can_run(num_heads, num_kv_heads, head_dim, block_size)):
             return False
         num_requests, max_blocks = block_tables.shape
-        group, shape = num_heads // num_kv_heads, prefill_wgmma.choose_shape(head_dim)
+        group, shape = num_heads // num_kv_heads, prefill_wgmma.choose_shape(head_dim, block_size)
         kernel = prefill_wgmma.prefill_wgmma_kernel(head_dim, group, block_size, *shape)
         tiles = prefill_tiles(out.shape[0], num_decodes, num_requests, kernel.tokens) * num_kv_heads
         heads = qkv.reshape(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
@@ -270,6 +285,39 @@ class FusedOperations:
                   seq_lens.address, query_start_loc.address, num_decodes, num_requests, max_blocks, scale, num_heads,
                   num_kv_heads, dependent=False)
         return True
+
+    def _decode_attention(self, out, qkv, k_cache, v_cache, block_tables, seq_lens, num_decodes, scale, num_heads,
+                          num_kv_heads, head_dim, block_size) -> None:
+        """Attention of the first num_decodes requests (scale times log2(e))."""
+        max_blocks, group = block_tables.shape[1], num_heads // num_kv_heads
+        percent = self._shared_percent(out.shape[0])
+        head_blocks = num_kv_heads * ceil_div(group, 16)
+        straight = self.hopper and decode_registers.can_run(head_dim, group, block_size)
+        if straight:
+            warps, part_keys = decode_registers.INVARIANT_SHAPE if self.batch_invariant else (
+                decode_registers.choose_shape(num_decodes * head_blocks, max_blocks * block_size,
+                                              self.num_multiprocessors,
+                                              decode_registers.warps_at_once(head_dim, group)))
+            percent = percent or decode_registers.SHARED_PERCENT
+            kernel = decode_registers.decode_registers_kernel(head_dim, group, block_size, warps, percent)
+        else:
+            part_keys = decode.SPLIT
+            kernel = decode.decode_kernel(head_dim, self.dependent, DECODE_STAGES, block_size, percent)
+        splits = ceil_div(max_blocks * block_size, part_keys)
+        parts = self._workspace(num_decodes * num_heads * splits * (head_dim + STATISTICS)) if splits > 1 else 0
+        addresses = (out.address, parts, qkv.address, k_cache.address, v_cache.address, block_tables.address,
+                     seq_lens.address)
+        if straight:
+            self._run(kernel, (head_blocks, splits, num_decodes), kernel.threads, kernel.shared_bytes, *addresses,
+                      max_blocks, part_keys, splits, scale, num_heads, num_kv_heads)
+        else:
+            self._run(kernel, (splits, head_blocks, num_decodes), kernel.threads, kernel.shared_bytes, *addresses,
+                      max_blocks, splits, scale, num_heads, num_kv_heads, block_size)
+        if splits > 1:
+            num_rows = num_decodes * num_heads
+            self._run(combine_parts_kernel(head_dim, self.dependent, percent),
+                      (ceil_div(num_rows, COMBINE_WARPS), 1, 1), 32 * COMBINE_WARPS, 0, out.address, parts,
+                      seq_lens.address, part_keys, splits, num_heads, num_rows)
 
     def _linear(self, out, x, weight) -> None:
         if self._product("plain", out, x, weight):

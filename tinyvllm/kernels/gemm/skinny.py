@@ -10,10 +10,14 @@ Too few tiles: with 2,048 outputs there are 32 of 64 rows for 132 multiprocessor
 a tile, each with its part of the columns; they leave their float32 sums in shared memory, and each adds a part of
 the tile over everybody's (distributed shared memory), always in the same order.
 
-As in few_rows.py the first boxes of weight are asked for before the block waits for the kernel that makes x, and what
-follows the product happens on the way out (AFTER): "plain", "add" to the residual, "silu" of gate times up,
-"rope" and the cache write. A paired tile is BM / 2 rows of gate and the BM / 2 of up that belong to them; for "rope"
-it is one head.
+Many rows: then it is the way from the L2 cache to shared memory that is narrow, and every tile of weights wants the
+same x. So SHARE neighbouring tiles belong to one cluster, and each of their blocks asks for 1 / SHARE of the rows of
+x, for all of them (multicast). A block may send only where everybody has freed the stage: consumers free it in all
+blocks that send to them. `arrived` counts the bytes of a block itself, whoever sent them; they may even be
+there before the block expects them.
+
+As in few_rows.py the first boxes of weight are asked for before the block waits for the kernel that makes x. What
+follows the product happens on the way out: skinny_output.py.
 
 The simple version is tensor_core.py, then the operations by themselves.
 """
@@ -22,17 +26,20 @@ import functools
 
 import numpy as np
 
-from tinyvllm.kernels.cuda_support import cuda, device_function, kernel
-from tinyvllm.kernels.gemm.few_rows import LOG2_E
+from tinyvllm.kernels.cuda_support import ceil_div, cuda, device_function, kernel
+from tinyvllm.kernels.gemm.skinny_output import pitch, store_tile
 from tinyvllm.kernels.hopper import (
+    EVICT_FIRST,
+    EVICT_NORMAL,
     barrier_arrive,
+    barrier_arrive_in,
     barrier_expect,
     barrier_init,
     barrier_wait,
     barriers_ready,
     cluster_arrive,
+    cluster_arrive_relaxed,
     cluster_leave,
-    cluster_sum,
     cluster_wait,
     descriptor,
     multiply_64,
@@ -40,124 +47,166 @@ from tinyvllm.kernels.hopper import (
     multiply_wait_one,
     put_sums,
     tensor_load,
-    tensor_load_once,
+    tensor_load_for_all,
+    tensor_load_hinted,
     tensor_map_acquire,
     zeros,
 )
 from tinyvllm.kernels.ptx import (
     block_index_x,
     block_index_y,
-    divide,
+    block_index_z,
     dynamic_shared,
-    exp2,
-    high_bf16,
     lane_index,
     let_next_kernel_start,
-    load_8_bytes,
-    load_i32,
-    load_u32,
-    low_bf16,
-    pack_bf16,
-    quotient,
-    store_8_bytes,
     thread_index,
     wait_for_previous_kernel,
 )
 
-__all__ = ["skinny_kernel", "choose_shape", "MAX_ROWS"]
+__all__ = ["skinny_kernel", "choose_shape", "choose_invariant_shape"]
 
-MAX_ROWS = 256
+MOST_SHARED = 226 << 10  # bytes of a multiprocessor's shared memory for stages
 BK = 64  # columns a stage: 128 bytes a row
 # weight map, x map, out; positions, slots, cos_sin, k_cache, v_cache; sizes
 SIGNATURE = ("uint64",) * 8 + ("int32",) * 6
 
 
 def choose_shape(num_rows: int, num_outputs: int, depth: int, head_dim: int, num_multiprocessors: int):
-    """(BM, BN, STAGES, SPLIT, MIN_BLOCKS). head_dim: of "rope", whose tiles are heads; else 0."""
-    BN = next(n for n in (16, 32, 64, 128, 256) if n >= min(num_rows, 256))
-    wide = num_outputs >= 128 * num_multiprocessors  # the vocabulary
-    BM = 128 if wide or head_dim == 128 else 64
-    if BN == 256:
-        if num_outputs < 64 * num_multiprocessors:
-            BN = 128
-        else:
-            BM = 128
-    blocks = -(-num_outputs // BM) * -(-num_rows // BN)
-    SPLIT = next((s for s in (4, 2) if blocks * s <= num_multiprocessors and depth >= s * 8 * BK), 1)
-    stage = (BM + BN) * 2 * BK
-    small = BM + BN <= 192
-    two = small and blocks * SPLIT > num_multiprocessors
-    # At most half of a multiprocessor's shared memory, so that the next kernel can begin beside this one.
-    STAGES = min(11, (110 if small else 200) * 1024 // stage)
-    return BM, BN, STAGES, SPLIT, 2 if two else 1
+    """(BM, BN, STAGES, SPLIT, SHARE, MIN_BLOCKS), or None where wgmma.py is faster. head_dim: of "rope", whose tiles
+    are heads; else 0.
+
+    All by measurement, at Llama 3.2 1B's products on one H200. It is the bytes on their way from L2 that count: tiles
+    as small as may be while all their blocks run at once, and as many stages as shared memory holds (qkv at 128 rows:
+    7.1 us with 9, 9.1 with 4). To send x to several blocks at once (SHARE) gains only where a block waits for x most.
+    """
+    least = 128 if head_dim == 128 else 64  # rows of weight a tile
+
+    def count(BM: int, BN: int) -> int:
+        return ceil_div(num_outputs, BM) * ceil_div(num_rows, BN)
+
+    def shape(BM: int, BN: int, SPLIT: int = 1, SHARE: int = 1, most_stages: int = 9):
+        return BM, BN, min(most_stages, MOST_SHARED // ((BM + BN) * 2 * BK)), SPLIT, SHARE, 1
+
+    wide = num_outputs >= 64 * num_multiprocessors
+    if num_rows <= 32 or wide and num_rows <= 64:
+        BN = next(n for n in (16, 32, 64) if n >= num_rows)
+        BM = 128 if num_outputs >= 128 * num_multiprocessors else least
+        blocks = count(BM, BN)
+        SPLIT = next((s for s in (4, 2) if blocks * s <= num_multiprocessors and depth >= s * 8 * BK), 1)
+        # Half of a multiprocessor's memory: there is room for a second block, or for the next kernel's first one.
+        STAGES = min(11, (110 << 10) // ((BM + BN) * 2 * BK))
+        return BM, BN, STAGES, SPLIT, 1, 2 if blocks * SPLIT > num_multiprocessors else 1
+    if wide:
+        BN = next((n for n in (96, 128, 192, 256) if n >= num_rows), 0)
+        if BN:
+            return shape(128, BN, SHARE=2 if BN == 192 else 1)
+        return shape(192, 128) if num_rows <= 384 and not head_dim else None
+    if num_rows <= 256:
+        half = num_rows if num_rows <= 128 else ceil_div(num_rows, 2)
+        BN = next(n for n in (64, 96, 128) if n >= half)
+        if 64 < num_rows <= 128 and depth < 4096 and 2 * count(least, 64) <= num_multiprocessors:
+            BN = 64  # two rows of short tiles: o at 128 rows 6.2 us, 7.5 with one
+        SPLIT = 2 if 2 * count(least, BN) <= num_multiprocessors and depth >= 16 * BK else 1
+        return shape(least, BN, SPLIT, most_stages=9 if BN > 64 else 12 if depth >= 4096 else 8)
+    tiles = ((64, 128), (128, 96), (128, 128), (192, 96), (192, 128))
+    fitting = (tile for tile in tiles if count(*tile) <= num_multiprocessors and tile[0] % (head_dim or 1) == 0)
+    return next((shape(*tile) for tile in fitting), None)
+
+
+def choose_invariant_shape(num_rows: int, num_outputs: int, depth: int, head_dim: int, num_multiprocessors: int):
+    """As choose_shape, for rows whose bits may not depend on their number: SPLIT does not, and nothing else changes the
+    order in which a sum is added up. (wgmma.py adds it up in one piece.)"""
+    SPLIT = choose_shape(64, num_outputs, depth, head_dim, num_multiprocessors)[3]
+    if num_rows > 256 and SPLIT == 1 and not head_dim:
+        return None
+    BN = next(n for n in (16, 32, 64, 128) if n >= min(num_rows, 128))
+    BM = 128 if head_dim == 128 or num_rows > 256 and not head_dim else 64
+    return BM, BN, min(9, MOST_SHARED // ((BM + BN) * 2 * BK)), SPLIT, 1, 1
 
 
 @functools.cache
-def skinny_kernel(BM: int, BN: int, STAGES: int, SPLIT: int, MIN_BLOCKS: int, AFTER: str, HEAD_DIM: int = 0):
-    """The kernel for one shape of tile. Grid: (tiles * SPLIT, blocks of BN rows), clusters of SPLIT."""
+def skinny_kernel(BM: int, BN: int, STAGES: int, SPLIT: int, SHARE: int, MIN_BLOCKS: int, AFTER: str,
+                  HEAD_DIM: int = 0):
+    """The kernel for one shape of tile. Grid: grid(); clusters of SPLIT * SHARE."""
     GROUPS = BM // 64
     CONSUMERS = 128 * GROUPS
     THREADS = CONSUMERS + 32
     STAGE, X_OFFSET = (BM + BN) * 2 * BK, BM * 2 * BK
-    PITCH = BM + 4  # floats a row of x in the tile of sums: no bank conflicts
-    PAIRED, ROPE, SILU, ADD = AFTER in ("silu", "rope"), AFTER == "rope", AFTER == "silu", AFTER == "add"
-    OUTPUTS = BM // 2 if PAIRED else BM  # of a tile, a pair counted once
-    UNITS = BN * OUTPUTS // 4  # a thread stores four outputs of a row at a time
-    PER_BLOCK = UNITS // SPLIT
+    X_ROWS = BN // SHARE  # that a block asks for
+    MASK = sum(1 << i * SPLIT for i in range(SHARE))  # the blocks of the first part of the columns
+    SILU, PITCH = AFTER == "silu", pitch(BM)
+    OUTPUTS = BM // 2 if SILU else BM  # rows from one tile to the next, of gate and up each
     SHARED = STAGES * STAGE + 16 * STAGES
-    assert not ROPE or BM == HEAD_DIM
-    assert UNITS % SPLIT == 0 and STAGES * STAGE >= BN * PITCH * 4
+    assert BM % 64 == 0 and BN % 8 == 0 and BN <= 256 and X_ROWS % 8 == 0 and SPLIT * SHARE <= 8 and SHARED <= 227 << 10
+    assert STAGES * STAGE >= BN * PITCH * 4
     multiply, wait_all, zero = multiply_64(BN), multiply_wait_all(BN // 2), zeros(BN // 2)
-    put, add_blocks = put_sums(BN // 2, PITCH), cluster_sum(SPLIT)
+    put, store = put_sums(BN // 2, PITCH), store_tile(BM, BN, SPLIT, THREADS, AFTER, HEAD_DIM)
 
     @device_function
-    def load_weights(to, weight_map, column, first, num_outputs, barrier):
+    def load_weights(to, weight_map, column, first, num_outputs, barrier, hint):
+        tensor_load_hinted(to, weight_map, column, np.uint32(first), barrier, hint)
         if SILU:
-            tensor_load_once(to, weight_map, column, np.uint32(first), barrier)
-            tensor_load_once(np.uint32(to + X_OFFSET // 2), weight_map, column,
-                             np.uint32(first + np.uint32(num_outputs) // np.uint32(2)), barrier)
+            tensor_load_hinted(np.uint32(to + X_OFFSET // 2), weight_map, column,
+                               np.uint32(first + np.uint32(num_outputs) // np.uint32(2)), barrier, hint)
+
+    @device_function
+    def load_x(to, x_map, column, row, barrier, receivers):
+        if SHARE > 1:
+            tensor_load_for_all(to, x_map, column, row, barrier, receivers)
         else:
-            tensor_load_once(to, weight_map, column, np.uint32(first), barrier)
+            tensor_load(to, x_map, column, row, barrier)
 
     @kernel(signature=SIGNATURE, max_threads=THREADS, min_blocks=MIN_BLOCKS)
     def skinny(weight_map, x_map, out, positions, slots, cos_sin, k_cache, v_cache, num_rows, num_outputs, depth,
                num_heads, num_kv_heads, block_size):
-        """Maps: of the weight with boxes of BM (silu: BM / 2) rows, of x with boxes of BN."""
+        """Maps: of the weight with boxes of BM (silu: BM / 2) rows, of x with boxes of BN / SHARE."""
         thread, lane = thread_index(), lane_index()
         shared = dynamic_shared()
-        rank = np.uint32(block_index_x() % np.uint32(SPLIT))
-        tile = np.uint32(block_index_x() // np.uint32(SPLIT))
+        rank = np.uint32(block_index_x() % np.uint32(SPLIT))  # which part of the columns
+        member = np.uint32(block_index_x() // np.uint32(SPLIT))  # which of the tiles that share x
+        tile = np.uint32(block_index_z() * SHARE + member)
         first_row = np.uint32(block_index_y() * BN)
-        first = np.uint32(tile * OUTPUTS) if SILU else np.uint32(tile * BM)
+        first = np.uint32(tile * OUTPUTS)
         arrived = np.uint32(shared + STAGES * STAGE)
         freed = np.uint32(arrived + 8 * STAGES)
         let_next_kernel_start()
         if thread == 0:
             for i in range(STAGES):
                 barrier_init(np.uint32(arrived + 8 * i), np.uint32(1))
-                barrier_init(np.uint32(freed + 8 * i), np.uint32(4 * GROUPS))
+                barrier_init(np.uint32(freed + 8 * i), np.uint32(4 * GROUPS * SHARE))
             barriers_ready()
         cuda.syncthreads()
+        if SHARE > 1:
+            cluster_arrive_relaxed()  # others may send here
         steps = np.uint32((np.uint32(depth) + BK - 1) // np.uint32(BK))
         k = np.uint32(np.uint32(rank * steps) // np.uint32(SPLIT))
         end = np.uint32(np.uint32((rank + 1) * steps) // np.uint32(SPLIT))
+        filled = min(np.uint32(STAGES), np.uint32(end - k))
         stage, phase = np.uint32(0), np.uint32(0)
+        if thread == CONSUMERS:
+            tensor_map_acquire(weight_map)
+            tensor_map_acquire(x_map)
+            hint = np.uint64(EVICT_FIRST)
+            if num_rows > BN:
+                hint = np.uint64(EVICT_NORMAL)  # another block of rows reads the same weights
+            i = np.uint32(0)
+            while i < filled:  # weights do not depend on the kernel before
+                barrier_expect(np.uint32(arrived + 8 * i), np.uint32(STAGE))
+                load_weights(np.uint32(shared + i * STAGE), weight_map, np.uint32((k + i) * BK), first, num_outputs,
+                             np.uint32(arrived + 8 * i), hint)
+                i = np.uint32(i + 1)
+        if SHARE > 1:
+            cluster_wait()
         if thread >= CONSUMERS:
             if thread == CONSUMERS:
-                tensor_map_acquire(weight_map)
-                tensor_map_acquire(x_map)
-                filled = min(np.uint32(STAGES), np.uint32(end - k))
-                i = np.uint32(0)
-                while i < filled:  # weights do not depend on the kernel before
-                    barrier_expect(np.uint32(arrived + 8 * i), np.uint32(STAGE))
-                    load_weights(np.uint32(shared + i * STAGE), weight_map, np.uint32((k + i) * BK), first, num_outputs,
-                                 np.uint32(arrived + 8 * i))
-                    i = np.uint32(i + 1)
+                x_offset = np.uint32(X_OFFSET + member * (X_ROWS * 2 * BK))
+                x_row = np.uint32(first_row + member * X_ROWS)
+                receivers = np.uint16(np.uint32(MASK) << rank)
                 wait_for_previous_kernel()
                 i = np.uint32(0)
                 while i < filled:
-                    tensor_load(np.uint32(shared + i * STAGE + X_OFFSET), x_map, np.uint32((k + i) * BK), first_row,
-                                np.uint32(arrived + 8 * i))
+                    load_x(np.uint32(shared + i * STAGE + x_offset), x_map, np.uint32((k + i) * BK), x_row,
+                           np.uint32(arrived + 8 * i), receivers)
                     i = np.uint32(i + 1)
                 k = np.uint32(k + filled)
                 while k < end:
@@ -165,8 +214,8 @@ def skinny_kernel(BM: int, BN: int, STAGES: int, SPLIT: int, MIN_BLOCKS: int, AF
                     barrier = np.uint32(arrived + 8 * stage)
                     to = np.uint32(shared + stage * STAGE)
                     barrier_expect(barrier, np.uint32(STAGE))
-                    load_weights(to, weight_map, np.uint32(k * BK), first, num_outputs, barrier)
-                    tensor_load(np.uint32(to + X_OFFSET), x_map, np.uint32(k * BK), first_row, barrier)
+                    load_weights(to, weight_map, np.uint32(k * BK), first, num_outputs, barrier, hint)
+                    load_x(np.uint32(to + x_offset), x_map, np.uint32(k * BK), x_row, barrier, receivers)
                     k = np.uint32(k + 1)
                     stage = np.uint32(stage + 1)
                     if stage == STAGES:
@@ -181,15 +230,18 @@ def skinny_kernel(BM: int, BN: int, STAGES: int, SPLIT: int, MIN_BLOCKS: int, AF
                 sums = multiply(sums, descriptor(np.uint32(tiles + group * (64 * 2 * BK))),
                                 descriptor(np.uint32(tiles + X_OFFSET)))
                 multiply_wait_one()  # the product before this one has ended: its stage is free
-                if k > start and lane == 0:
-                    barrier_arrive(used)
+                if k > start and lane < SHARE:
+                    if SHARE > 1:
+                        barrier_arrive_in(used, np.uint32(rank + lane * SPLIT))  # in all blocks that send here
+                    else:
+                        barrier_arrive(used)
                 used = np.uint32(freed + 8 * stage)
                 k = np.uint32(k + 1)
                 stage = np.uint32(stage + 1)
                 if stage == STAGES:
                     stage, phase = np.uint32(0), np.uint32(phase ^ np.uint32(1))
             sums = wait_all(sums)
-        cuda.syncthreads()  # all have been read: the stages' memory now takes the sums
+        cuda.syncthreads()  # all have been read, and nothing is on its way: the stages' memory now takes the sums
         if thread < CONSUMERS:
             row = np.uint32(np.uint32(thread // np.uint32(32)) * 16 + lane // np.uint32(4))
             put(np.uint32(shared + ((lane % np.uint32(4)) * (2 * PITCH) + row) * 4), sums)
@@ -197,80 +249,19 @@ def skinny_kernel(BM: int, BN: int, STAGES: int, SPLIT: int, MIN_BLOCKS: int, AF
             cluster_arrive()
             cluster_wait()
         else:
+            if SHARE > 1:
+                cluster_arrive_relaxed()  # nothing more is sent or freed elsewhere
             cuda.syncthreads()
 
-        wait_for_previous_kernel()  # has long ended; this makes what it wrote visible here too
-        unit = np.uint32(rank * PER_BLOCK + thread)
-        while unit < rank * PER_BLOCK + PER_BLOCK:
-            n = np.uint32(unit // np.uint32(OUTPUTS // 4))
-            m = np.uint32((unit % np.uint32(OUTPUTS // 4)) * 4)
-            row = np.uint32(first_row + n)
-            at = np.uint32(shared + (n * PITCH + m) * 4)
-            v = add_blocks(at)
-            low, high = pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3])
-            if PAIRED:
-                v = add_blocks(np.uint32(at + OUTPUTS * 4))
-                low_2, high_2 = pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3])
-                if SILU:
-                    half_outputs = np.uint32(num_outputs) // np.uint32(2)
-                    if row < num_rows and first + m < half_outputs:
-                        a, b, c, d = low_bf16(low), high_bf16(low), low_bf16(high), high_bf16(high)
-                        low = pack_bf16(_silu(a), _silu(b))
-                        high = pack_bf16(_silu(c), _silu(d))
-                        low = pack_bf16(low_bf16(low) * low_bf16(low_2), high_bf16(low) * high_bf16(low_2))
-                        high = pack_bf16(low_bf16(high) * low_bf16(high_2), high_bf16(high) * high_bf16(high_2))
-                        store_8_bytes(out + (np.uint64(row) * np.uint64(half_outputs) + np.uint64(first + m))
-                                      * np.uint64(2), low, high)
-                elif row < num_rows:  # rope: the tile is head `tile`, features m.. and HEAD_DIM / 2 + m..
-                    if tile < num_heads + num_kv_heads:
-                        position = load_u32(positions + np.uint64(row) * np.uint64(4))
-                        angle = cos_sin + np.uint64(position) * np.uint64(2 * HEAD_DIM) + np.uint64(m) * np.uint64(2)
-                        c_0, c_1 = load_8_bytes(angle)
-                        s_0, s_1 = load_8_bytes(angle + np.uint64(HEAD_DIM))
-                        low, low_2 = _turn(low, low_2, c_0, s_0)
-                        high, high_2 = _turn(high, high_2, c_1, s_1)
-                    if tile < num_heads:
-                        to = out + (np.uint64(row) * np.uint64(num_outputs) + np.uint64(first + m)) * np.uint64(2)
-                        store_8_bytes(to, low, high)
-                        store_8_bytes(to + np.uint64(HEAD_DIM), low_2, high_2)
-                    else:
-                        slot = load_i32(slots + np.uint64(row) * np.uint64(4))
-                        if slot >= 0:
-                            kv_head, cache = np.uint32(tile - num_heads), k_cache
-                            if kv_head >= num_kv_heads:
-                                kv_head, cache = np.uint32(kv_head - num_kv_heads), v_cache
-                            block = np.uint32(divide(np.uint32(slot), block_size))
-                            line = np.uint64((block * num_kv_heads + kv_head) * block_size + slot - block * block_size)
-                            to = cache + (line * np.uint64(HEAD_DIM) + np.uint64(m)) * np.uint64(2)
-                            store_8_bytes(to, low, high)
-                            store_8_bytes(to + np.uint64(HEAD_DIM), low_2, high_2)
-            elif row < num_rows and first + m < num_outputs:
-                to = out + (np.uint64(row) * np.uint64(num_outputs) + np.uint64(first + m)) * np.uint64(2)
-                if ADD:
-                    r_0, r_1 = load_8_bytes(to)
-                    low = pack_bf16(low_bf16(r_0) + low_bf16(low), high_bf16(r_0) + high_bf16(low))
-                    high = pack_bf16(low_bf16(r_1) + low_bf16(high), high_bf16(r_1) + high_bf16(high))
-                store_8_bytes(to, low, high)
-            unit = np.uint32(unit + THREADS)
+        store(np.uint32(shared), thread, rank, np.uint32(member * SPLIT), tile, first_row, out, positions, slots,
+              cos_sin, k_cache, v_cache, num_rows, num_outputs, num_heads, num_kv_heads, block_size)
         if SPLIT > 1:
             cluster_leave()
+        elif SHARE > 1:
+            cluster_wait()  # nobody leaves while another may still send or free here
 
-    skinny.threads, skinny.shared_bytes = THREADS, SHARED
-    skinny.box_rows = BM // 2 if SILU else BM
+    skinny.tile, skinny.threads, skinny.shared_bytes = (BM, BN), THREADS, SHARED
+    skinny.box_rows, skinny.x_rows, skinny.cluster = OUTPUTS, X_ROWS, SPLIT * SHARE
+    skinny.grid = lambda num_rows, num_outputs: (SPLIT * SHARE, ceil_div(num_rows, BN),
+                                                 ceil_div(num_outputs, BM * SHARE))
     return skinny
-
-
-@device_function
-def _silu(x):
-    return quotient(x, np.float32(1) + exp2(x * np.float32(-LOG2_E)))
-
-
-@device_function
-def _turn(a, b, cos, sin):
-    """Two pairs of features (a, b) by their angles, with the reference's roundings (rope.py); all bf16 pairs."""
-    a_cos = pack_bf16(low_bf16(a) * low_bf16(cos), high_bf16(a) * high_bf16(cos))
-    b_sin = pack_bf16(low_bf16(b) * low_bf16(sin), high_bf16(b) * high_bf16(sin))
-    b_cos = pack_bf16(low_bf16(b) * low_bf16(cos), high_bf16(b) * high_bf16(cos))
-    a_sin = pack_bf16(low_bf16(a) * low_bf16(sin), high_bf16(a) * high_bf16(sin))
-    return (pack_bf16(low_bf16(a_cos) - low_bf16(b_sin), high_bf16(a_cos) - high_bf16(b_sin)),
-            pack_bf16(low_bf16(b_cos) + low_bf16(a_sin), high_bf16(b_cos) + high_bf16(a_sin)))

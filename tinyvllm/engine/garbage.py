@@ -1,0 +1,59 @@
+"""Python's garbage collector, kept from stopping a run.
+
+Reference counts free nearly everything at once; the collector is for cycles. Now and then it goes through *all* objects
+of the process, with every thread standing still, and a process that has compiled kernels has millions: a fifth of a
+second on a laptop, close to a second beside a GPU, in which hundreds of steps would have run. What triggers it is the
+number of objects that came and stayed, and a run makes many: events, outputs. So while one is under way, only young
+objects are looked through, which takes a millisecond or less. Afterwards all is as it was.
+
+    with no_whole_collections():
+        while engine.has_unfinished_requests():
+            engine.step()
+"""
+
+import contextlib
+import gc
+import threading
+from collections.abc import Iterator
+
+__all__ = ["WholeCollections", "no_whole_collections"]
+
+RARELY = 10_000  # collections of the middle generation to each of all: minutes on a GPU, hours elsewhere
+
+_lock = threading.Lock()
+_holders = 0
+_before: tuple[int, int, int] | None = None  # the thresholds that were, while somebody holds
+
+
+class WholeCollections:
+    """One who may hold them back. As soon as nobody does, they come as before. Any thread may call."""
+
+    def __init__(self):
+        self._holds = False
+
+    def hold_back(self, hold: bool) -> None:
+        """Hold them back, or let them go; once is enough for either."""
+        global _holders, _before
+        with _lock:
+            if hold == self._holds:
+                return
+            self._holds = hold
+            _holders += 1 if hold else -1
+            if hold and _holders == 1:
+                _before = gc.get_threshold()
+                gc.set_threshold(*_before[:2], max(RARELY, _before[2]))
+            elif not hold and not _holders:
+                if gc.get_threshold()[2] == max(RARELY, _before[2]):  # nobody else has set them since
+                    gc.set_threshold(*gc.get_threshold()[:2], _before[2])
+                _before = None
+
+
+@contextlib.contextmanager
+def no_whole_collections() -> Iterator[None]:
+    """Hold them back for a while."""
+    holder = WholeCollections()
+    holder.hold_back(True)
+    try:
+        yield
+    finally:
+        holder.hold_back(False)
