@@ -174,7 +174,7 @@ def run(engine, before=lambda step: None):
     tokens, step = {}, 0
     while engine.has_unfinished_requests():
         before(step)
-        tokens.update({o.request_id: o.outputs[0].token_ids for o in engine.step()})
+        tokens.update({o.request_id: o.outputs[0].token_ids for o in engine.step(ahead=True)})
         step += 1
     return tokens
 
@@ -271,12 +271,12 @@ def test_a_step_that_fails_is_not_taken_for_kept(make_engine, monkeypatch):
     engine = make_engine()
     engine.runner.watch = watch_of(engine, "it")
     add(engine, ["it"])
-    engine.step(), engine.step(), engine.step()
+    engine.step(ahead=True), engine.step(ahead=True), engine.step(ahead=True)
     kept = engine.runner.watch.is_kept.copy()
     with monkeypatch.context() as patch:
         patch.setattr(engine.runner._graphs.stream, "copy_to_device", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            engine.step()
+            engine.step(ahead=True)
     np.testing.assert_array_equal(engine.runner.watch.is_kept, kept)
     run(engine)
     assert engine.runner.watch.is_kept[:len(PROMPTS["it"]) + 13].all()
@@ -299,7 +299,7 @@ def busy(engine, count=14, **params):
             engine.add_request([4] * 20, SamplingParams(max_tokens=3, ignore_eos=True, **params), "short")
         if not engine.has_unfinished_requests():
             break
-        for output in engine.step():
+        for output in engine.step(ahead=True):
             order.append((output.request_id, len(output.outputs[0].token_ids)))
             tokens[output.request_id] = output.outputs[0].token_ids
         most = max(most, len(engine.pipeline.steps))
@@ -339,7 +339,7 @@ def mixed(engine):
                     max_tokens={"it": 9, "other": 25}.get(name, 14), ignore_eos=True, **MIXED[name]), name)
         if not engine.has_unfinished_requests():
             break
-        tokens.update({o.request_id: o.outputs[0].token_ids for o in engine.step()})
+        tokens.update({o.request_id: o.outputs[0].token_ids for o in engine.step(ahead=True)})
     return tokens
 
 
@@ -361,11 +361,11 @@ def test_a_replayed_step_s_inputs_come_in_one_copy(make_engine, monkeypatch):
     engine = make_engine()
     for i, name in enumerate(("it", "other", "third")):
         add(engine, [name], temperature=0.7 + i, seed=i)
-    engine.step()
+    engine.step(ahead=True)
     stream, graphs = engine.runner._graphs.stream, engine.runner._graphs
     copies, copy = [], stream.copy_to_device
     monkeypatch.setattr(stream, "copy_to_device", lambda *what: (copies.append(what[2]), copy(*what)))
-    engine.step(), engine.step(), engine.step()
+    engine.step(ahead=True), engine.step(ahead=True), engine.step(ahead=True)
     (bucket, width, greedy, _), = graphs._graphs
     assert (bucket, greedy) == (4, False) and graphs.last_graph is not None
     assert copies == [4 * (bucket * (7 + 5) + 3 * width)] * 3
@@ -389,7 +389,7 @@ def test_a_step_whose_parameters_could_not_be_written_leaves_none_behind(make_en
                 pinned_one.requests = []
             patch.setattr(sampling, "fill_positions", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                engine.step()
+                engine.step(ahead=True)
         assert not any(one.requests for one in engine.runner._graphs._inputs._buffers)
     assert run(engine) == run(plain)
 
@@ -413,7 +413,7 @@ def test_the_logits_that_are_left_are_told_to_be_whose_they_are(make_engine):
     engine = make_engine(ahead=True)
     add(engine, ["it", "other"])
     for _ in range(4):
-        engine.step()
+        engine.step(ahead=True)
     assert engine.runner.last_sampled == [], "another step is writing them"
     engine.settle()
     assert [request.request_id for request in engine.runner.last_sampled] == ["it", "other"]
@@ -459,7 +459,7 @@ def test_an_abandoned_step_s_memory_is_not_written_before_its_copies_have_run(ma
         if engine.pipeline.steps and i % 3 == 1:
             engine.pipeline.steps[0].wait = interrupted
         try:
-            tokens.update({o.request_id: o.outputs[0].token_ids for o in engine.step()})
+            tokens.update({o.request_id: o.outputs[0].token_ids for o in engine.step(ahead=True)})
         except KeyboardInterrupt:
             assert not engine.pipeline.steps
     assert tokens == run(plain)

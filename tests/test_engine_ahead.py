@@ -59,7 +59,7 @@ def test_an_output_comes_with_the_step_that_made_it():
     engine = ahead_engine()
     engine.add_request([1, 2, 3], greedy(4), "a")
     for count in range(1, 5):
-        (output,) = engine.step()
+        (output,) = engine.step(ahead=True)
         assert tokens(output) == continuation([1, 2, 3], 4)[:count] and engine.num_steps == count
     assert output.finished and not engine.has_unfinished_requests()
 
@@ -97,7 +97,7 @@ def test_an_id_may_be_used_again_while_the_old_one_s_row_is_still_under_way():
     engine.add_request([9], greedy(25, ignore_eos=True), "other")
     engine.add_request(prompt, greedy(20), "a")
     while engine.has_request("a"):
-        engine.step()
+        engine.step(ahead=True)
     engine.add_request([3, 3], greedy(8, ignore_eos=True), "a")
     outputs = run(engine)
     assert tokens(outputs["a"]) == continuation([3, 3], 8) and tokens(outputs["other"]) == continuation([9], 25)
@@ -108,7 +108,7 @@ def test_abort_while_its_next_step_is_under_way():
     for name in ("a", "b"):
         engine.add_request([4, len(name), ord(name) % 7], greedy(12), name)
     for _ in range(3):
-        engine.step()
+        engine.step(ahead=True)
     assert len(engine.pipeline.steps) == 1
     engine.abort("a")
     engine.kv_cache_manager.check()
@@ -125,7 +125,7 @@ def test_who_is_preempted_while_a_token_of_its_is_under_way_keeps_the_token():
         engine.add_request(prompt, greedy(14), name)
     seen = {name: [] for name in prompts}
     while engine.has_unfinished_requests():
-        for output in engine.step():
+        for output in engine.step(ahead=True):
             assert len(tokens(output)) == len(seen[output.request_id]) + 1
             seen[output.request_id] = tokens(output)
         engine.kv_cache_manager.check()
@@ -136,7 +136,7 @@ def test_who_is_preempted_while_a_token_of_its_is_under_way_keeps_the_token():
 def test_settle_leaves_nothing_under_way_and_its_outputs_come_next():
     engine = ahead_engine()
     engine.add_request([1, 2, 3], greedy(6), "a")
-    engine.step()
+    engine.step(ahead=True)
     assert engine.pipeline.steps
     engine.settle()
     assert not engine.pipeline.steps and engine.num_steps == 2
@@ -154,17 +154,17 @@ def test_a_failing_step_loses_no_token_and_no_block(when):
     for name in ("a", "b"):
         engine.add_request([4, 5, ord(name) % 7], greedy(12), name)
     for _ in range(3):
-        engine.step()
+        engine.step(ahead=True)
     if when == "begin":  # of the step after the one that is under way: it is tried again on its own
         engine.runner.fail_next = True
-        engine.step()
+        engine.step(ahead=True)
         engine.runner.fail_next = True
         with pytest.raises(RuntimeError, match="fell over"):
-            engine.step()
+            engine.step(ahead=True)
     else:
         engine.pipeline.steps[0].wait = broken
         with pytest.raises(RuntimeError, match="fell over"):
-            engine.step()
+            engine.step(ahead=True)
     assert not engine.pipeline.steps
     catch_up(state, log)
     assert_state_equals_engine(state, engine)
@@ -182,14 +182,14 @@ def test_an_interrupt_while_waiting_loses_nothing():
     engine = ahead_engine(num_blocks=16)
     engine.add_request([4, 5, 6], greedy(12), "a")
     for _ in range(3):
-        engine.step()
+        engine.step(ahead=True)
 
     def interrupted():
         raise KeyboardInterrupt
 
     engine.pipeline.steps[0].wait = interrupted
     with pytest.raises(KeyboardInterrupt):
-        engine.step()
+        engine.step(ahead=True)
     assert tokens(run(engine)["a"]) == continuation([4, 5, 6], 12)
 
 
@@ -200,7 +200,7 @@ def test_who_listens_is_told_a_run_that_makes_sense(options):
     for name, prompt in PROMPTS.items():
         engine.add_request(prompt, greedy(9), name)
     while engine.has_unfinished_requests():
-        engine.step()
+        engine.step(ahead=True)
         catch_up(state, log)
         pool = engine.kv_cache_manager.pool
         assert state.num_used_blocks == pool.num_blocks - pool.num_free_blocks
@@ -218,7 +218,7 @@ def test_who_begins_to_listen_in_the_middle_finds_nothing_under_way():
     engine, state = ahead_engine(num_blocks=16), EngineState()
     engine.add_request([1, 2, 3], greedy(12), "a")
     for _ in range(3):
-        engine.step()
+        engine.step(ahead=True)
     log = EventLog()
     engine.listen(log)
     catch_up(state, log)

@@ -48,7 +48,7 @@ class Storm(RuleBasedStateMachine):
     def failing_step(self):
         self.engine.runner.fail_next = True
         try:
-            self._take(self.engine.step())
+            self._take(self.engine.step(ahead=True))
         except RuntimeError:
             pass
         self.engine.runner.fail_next = False

@@ -128,6 +128,6 @@ def run(engine, max_steps=100_000) -> dict:
     for _ in range(max_steps):
         if not engine.has_unfinished_requests():
             return outputs
-        for output in engine.step():
+        for output in engine.step(ahead=True):
             outputs[output.request_id] = output
     raise AssertionError(f"not done after {max_steps} steps: {engine.stats}")

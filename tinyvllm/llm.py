@@ -217,7 +217,7 @@ class LLM:
         self._check_free()
         while self._abandoned:
             self._drop_locked([self._abandoned.popleft()])
-        self._route(self.engine.step())
+        self._route(self.engine.step(ahead=True))
 
     def _check_free(self) -> None:
         """Raise TinyVLLMError if a LiveEngine drives this: two threads that step one engine would ruin it."""

@@ -63,7 +63,7 @@ def serve_in_waves(llm, ahead, wanted, temperature):
                                     seed=i if temperature else None,
                                     stop_token_ids=range(5, 105) if i % 2 else ())
             llm.engine.add_request(wanted[i], params, str(i))
-        tokens.update({output.request_id: output.outputs[0].token_ids for output in llm.engine.step()})
+        tokens.update({output.request_id: output.outputs[0].token_ids for output in llm.engine.step(ahead=True)})
         most = max(most, len(llm.engine.pipeline.steps))
         step += 1
     assert most == ahead and len(tokens) == len(wanted)

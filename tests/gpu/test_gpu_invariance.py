@@ -6,7 +6,8 @@ import pytest
 from tests.kernel_cases import fresh_rng, poisoned
 from tests.model_files import write_tiny_model
 from tests.parity_cases import CASES
-from tinyvllm import LLM, ConfigError, SamplingParams
+from tinyvllm import LLM, SamplingParams
+from tinyvllm.errors import ConfigError
 from tinyvllm.kernels import cuda_support
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda_support.cuda_available() or cuda_support.simulated(),

@@ -99,7 +99,7 @@ class Bench:
         first, at_first = 0.0, 0
         with no_whole_collections():  # as LLM.generate does
             while engine.has_unfinished_requests():
-                outputs = engine.step()
+                outputs = engine.step(ahead=True)
                 if outputs and not at_first:
                     first, at_first = time.perf_counter(), len(outputs)
         end, tokens = time.perf_counter(), sum(max_tokens)

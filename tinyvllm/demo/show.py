@@ -82,7 +82,7 @@ def run_demo(make_llm: Callable, live: bool = True, steps_per_second: float | No
             if steps_per_second:
                 due = ready + (llm.engine.num_steps - before.num_steps) / steps_per_second
                 time.sleep(max(0.0, due - time.perf_counter()))
-            for output in llm.engine.step():
+            for output in llm.engine.step(ahead=True):
                 row = rows[output.request_id]
                 row.output, row.text = output, output.outputs[0].text
                 row.num_tokens = len(output.outputs[0].token_ids)

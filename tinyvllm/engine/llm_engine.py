@@ -135,11 +135,11 @@ class LLMEngine:
 
     # ---- one step ----
 
-    def step(self, ahead: bool = True) -> list[RequestOutput]:
+    def step(self, ahead: bool = False) -> list[RequestOutput]:
         """Schedule, run, update, emit; returns an output for every request that got a token or ended.
 
-        ahead: whether the runner is given the step after this one too, if it can be (see Runner). What was begun
-        already is ended by the next step(), or by settle().
+        ahead: give the runner the step after this one too, if it can be given it (see Runner), for speed. Without it
+        all that was begun has ended afterwards, so that one can look; settle() ends it at any time.
 
         If the runner raises, the error goes to the caller and the books stay balanced: no token was counted as
         computed, so the next step() tries the same work again. Outputs that were made before an error, or before an
