@@ -29,9 +29,9 @@ def logits_of(llm, prompt, company):
     """uint16 [25, V] of a request, of which there are some among others that come and go."""
     engine, rows = llm.engine, []
     params = SamplingParams(temperature=0, max_tokens=25, ignore_eos=True)
+    engine.add_request(prompt, params, "it")
     for i, other in enumerate(company):
         engine.add_request(other, SamplingParams(temperature=0, max_tokens=3 + i % 30, ignore_eos=True), f"other{i}")
-    engine.add_request(prompt, params, "it")
     while engine.has_request("it"):
         for output in engine.step(ahead=False):
             if output.request_id == "it":

@@ -52,7 +52,8 @@ class CudaKernelCache(jit.KernelCache):
         import numba_cuda
 
         key = repr((jit._STAMP, self._function.__module__, self._function.__qualname__,
-                    constants(self._function), str(signature), sorted(self._options.items(), key=str), codegen.magic_tuple(),
+                    constants(self._function), str(signature), sorted(self._options.items(), key=str),
+                    codegen.magic_tuple(),
                     numba_cuda.__version__, sys.platform, sys.version))
         name = f"{self._function.__name__}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cuda.bin"
         return jit.cache_dir() / jit._STAMP / name, key

@@ -26,7 +26,8 @@ class CUDABackend:
 
     batch_invariant: see EngineConfig; only the fused operations can.
 
-    Raises ConfigError, or DeviceError, in the user's words, if there is no GPU, no driver, or its compute capability is too low.
+    Raises DeviceError, in the user's words, if there is no GPU, no driver, or its compute capability is too low, and
+    ConfigError for options that exclude each other.
     """
 
     name = "cuda"
