@@ -6,6 +6,8 @@ it makes them again. So a graph that was captured for other memory, or without a
 
 import contextlib
 import ctypes
+import gc
+import weakref
 from collections import deque
 from types import SimpleNamespace
 
@@ -463,3 +465,18 @@ def test_an_abandoned_step_s_memory_is_not_written_before_its_copies_have_run(ma
         except KeyboardInterrupt:
             assert not engine.pipeline.steps
     assert tokens == run(plain)
+
+
+def test_a_runner_is_let_go_of_at_once(make_engine):
+    """Without the garbage collector: a reset needs its memory before the next one is made."""
+    engine = make_engine(ahead=True)
+    add(engine, ["it", "other"])
+    run(engine)
+    assert engine.runner._graphs._graphs
+    gone = weakref.ref(engine.runner), weakref.ref(engine.runner._graphs)
+    gc.disable()
+    try:
+        del engine
+        assert [reference() for reference in gone] == [None, None]
+    finally:
+        gc.enable()

@@ -1,10 +1,12 @@
 """What is kept of a watched request, and for how long: also through chunks, preemptions, failures and its own end."""
 
+import threading
+
 import numpy as np
 import pytest
 
 from tests.probe_case import GREEDY, OTHERS, PROMPT, exact_attention, run, run_to_end
-from tinyvllm import SamplingParams
+from tinyvllm import LiveEngine, SamplingParams
 from tinyvllm.engine.scheduler import SchedulerOutput
 from tinyvllm.probe import ProbeError
 
@@ -155,3 +157,29 @@ def test_a_reset_ends_the_watch(make_llm):
     assert llm.probe is probe and probe.watched is None and probe.kept == [] and probe.logits("it") is None
     run(llm)
     assert probe.kept == list(range(len(PROMPT) + 11))
+
+
+def test_whoever_looks_has_no_step_begun_ahead_of_what_was_told(make_llm, monkeypatch):
+    llm, asked = make_llm(), []
+    step = llm.engine.step
+    monkeypatch.setattr(llm.engine, "step", lambda ahead=False: (asked.append(ahead), step(ahead))[1])
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    list(llm.stream(PROMPT, params))
+    assert set(asked) == {True}
+    asked.clear()
+    assert llm.probe.watched is None
+    list(llm.stream(PROMPT, params))
+    assert set(asked) == {False}
+
+
+def test_a_look_beside_a_live_engine_does_not_step_it(make_llm, monkeypatch):
+    llm = make_llm()
+    with LiveEngine(llm, paused=True) as live:
+        request = live.add(PROMPT, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+        settled, settle = [], llm.engine.settle
+        monkeypatch.setattr(llm.engine, "settle", lambda: (settled.append(threading.current_thread()), settle())[1])
+        live.step()
+        live.between_steps(lambda llm: llm.probe.top(request, 2)).result()
+        assert settled and threading.current_thread() not in settled
+        llm.probe.top(request, 2)
+        assert threading.current_thread() not in settled

@@ -217,12 +217,18 @@ class LLM:
         self._check_free()
         while self._abandoned:
             self._drop_locked([self._abandoned.popleft()])
-        self._route(self.engine.step(ahead=True))
+        looked_at = "probe" in vars(self)  # whoever looks after a token shall not find the next one there already
+        self._route(self.engine.step(ahead=not looked_at))
+
+    @property
+    def is_driven_elsewhere(self) -> bool:
+        """Whether a LiveEngine steps this, in another thread than the caller's."""
+        driver = self._driver and self._driver()
+        return driver is not None and driver.state != "closed" and not driver.is_own_thread
 
     def _check_free(self) -> None:
         """Raise TinyVLLMError if a LiveEngine drives this: two threads that step one engine would ruin it."""
-        driver = self._driver and self._driver()
-        if driver is not None and driver.state != "closed" and not driver.is_own_thread:
+        if self.is_driven_elsewhere:
             raise TinyVLLMError("a LiveEngine drives this LLM: use its add(), chat(), stream() and reset(), or close() "
                                 "it first")
 

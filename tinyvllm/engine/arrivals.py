@@ -101,6 +101,7 @@ def run_arrivals(llm: Any, arrivals: Iterable[Sequence], *, unit: str = "steps",
         raise ConfigError(f"unit must be 'steps' or 'seconds', got {unit!r}")
     if llm.engine.events is not None:
         raise TinyVLLMError("this LLM is listened to, by a LiveEngine for instance: close() that first, or use another")
+    llm.engine.settle()  # of an aborted request a step may be under way yet
     if llm.engine.has_unfinished_requests():
         raise TinyVLLMError("this LLM has unfinished requests: let them end first")
     arrivals = [_checked(number, arrival, llm) for number, arrival in enumerate(arrivals)]
@@ -149,7 +150,7 @@ def _by_clock(engine: Any, requests: list[tuple[float, Any]]) -> list[list[int]]
             engine.submit(requests[following][1])
             following += 1
         if engine.has_unfinished_requests():
-            engine.step()
+            engine.step(ahead=True)
     return []
 
 

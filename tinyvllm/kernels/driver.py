@@ -25,6 +25,8 @@ import struct
 import sys
 from ctypes import byref, c_char, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 
+from tinyvllm.kernels.cuda_support import cuda
+
 __all__ = ["Stream", "Graph", "CompiledKernel", "launch", "check", "driver", "pinned_buffer", "tensor_map_bytes",
            "Event"]
 
@@ -67,6 +69,8 @@ class Stream:
         self.handle = handle
 
     def synchronize(self) -> None:
+        """Wait until all that is on it has run; from any thread."""
+        cuda.current_context()
         check(driver().cuStreamSynchronize(self.handle), "the work of a step")
 
     def copy_to_device(self, address: int, host_address: int, size: int) -> None:
@@ -125,7 +129,8 @@ class Event:
         check(driver().cuEventRecord(self.handle, stream.handle), "recording an event")
 
     def synchronize(self) -> None:
-        """Wait until what was on the stream before it has run."""
+        """Wait until what was on the stream before it has run; from any thread."""
+        cuda.current_context()  # a thread that has not used the GPU yet has none
         check(driver().cuEventSynchronize(self.handle), "the work of a step")
 
     def milliseconds_since(self, earlier: "Event") -> float:

@@ -20,6 +20,7 @@ watched request has graphs of its own, which also keep its rows; they end with t
 ends with argmax, any other one with a draw: neither looks at the parameters on the host.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,7 @@ class DecodeGraphs:
     """
 
     def __init__(self, runner: Any, backend: Any):
-        self.runner, self.backend = runner, backend
+        self.runner, self.backend = weakref.proxy(runner), backend  # it has these: in a circle nobody would be let go
         self.stream = backend.fused.stream
         self.block_size = runner.dims.block_size
         # Beyond the last bucket, in steps of 64: batches that large spend their time in arithmetic, not in launches.

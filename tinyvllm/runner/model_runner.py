@@ -42,12 +42,17 @@ class ModelRunner:
         # Launches return before the work is done: then a step can be begun before the one before it has been waited for
         # (engine/pipeline.py).
         self.runs_ahead = getattr(backend, "fused", None) is not None
-        if self.runs_ahead:
-            self.begin = self._begin
         self._sampled: list = []  # the requests of the step that was begun last, as their rows in token_ids
         self._num_begun = 0
         self.eager = False  # launch the operations of model/llama.py one by one, also where there is a faster way
         self._graphs = backend.decode_graphs(self) if hasattr(backend, "decode_graphs") else None
+
+    @property
+    def begin(self) -> Callable[[SchedulerOutput], Callable[[], dict[str, int]]]:
+        """What starts a step; not there where forward returns only when the work is done."""
+        if getattr(self.backend, "fused", None) is None:
+            raise AttributeError("this backend's steps cannot be begun and left to themselves")
+        return self._begin
 
     def execute(self, output: SchedulerOutput) -> dict[str, int]:
         """Compute a step; returns request_id -> token for every scheduled request with `sample`."""

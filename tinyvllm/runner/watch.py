@@ -73,8 +73,12 @@ class RequestWatch:
         return Watch(self.queries, self.residual, positions)
 
     def leave(self, request: Request | None, step: tuple[int, int] | None) -> None:
-        """A step has run: what it computed is there. request, step: what they were when it was entered."""
-        if step is not None and request is self.request:
+        """A step has run: what it computed is there. request, step: what they were when it was entered.
+
+        Of a request that had ended before, because its last token ended it while this step was under way, nothing is
+        kept: without a step ahead there would be nothing.
+        """
+        if step is not None and request is self.request and not request.status.is_finished:
             first, self.context = step
             self.is_kept[first:self.context] = True
 

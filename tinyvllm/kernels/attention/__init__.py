@@ -4,9 +4,9 @@ table.
     numpy_twin.py       the definition, and the oracle of the rest
 
     prefill_simple.py   many query rows: tiles of keys with the online softmax; start here
-    prefill.py          the same on tensor cores; in use
+    prefill.py          the same on tensor cores; in use for fewer rows, and on other GPUs
     prefill_wgmma.py    the same as compute capability 9.0 can do it, with prefill_layout.py, prefill_producer.py,
-                        fragments.py and schedule.py; not in use until it has been run on a GPU
+                        fragments.py and schedule.py; from 128 rows on
     decode_simple.py    one query row: the context split into parts, and the kernel that combines them
     decode.py           the same on tensor cores
     decode_registers.py the same as compute capability 9.0 can do it: nothing passes shared memory on its way. In use

@@ -3,10 +3,12 @@
                     compute capability 9.0                                  8.0 and newer
     up to 4 rows    gemm/few_rows.py: a product and its neighbours in     (up to 8 rows the same)
                     one kernel
-    up to 256       a norm kernel, then gemm/skinny.py: a product and       a norm kernel, gemm/tensor_core.py, and a
-                    what comes after it                                     kernel for what comes after it
+    some hundred    a norm kernel, then gemm/skinny.py: a product and       a norm kernel, gemm/tensor_core.py, and a
+                    what comes after it (its choose_shape says how many)    kernel for what comes after it
     more            a norm kernel, then gemm/wgmma.py; the rotary           (the same)
                     embedding has a kernel of its own
+
+With batch_invariant=True few_rows.py is left out, and skinny.py takes its rows and whatever it cuts the sums of.
 
 Launches go to the driver directly, on one stream (kernels/driver.py). On compute capability 9.0 they are chained by
 programmatic dependent launch.

@@ -8,7 +8,7 @@
     gemv.py          few rows: a race to read the weights; in use up to 2 or 8 rows
     cuda.py          which of them `linear` takes
     few_rows.py      up to 8 rows with what comes before and after the product (fused/operations.py)
-    skinny.py        9 to 256 rows, wgmma with the sides swapped (compute capability 9.0);
+    skinny.py        5 to some hundred rows, wgmma with the sides swapped (compute capability 9.0);
                      skinny_output.py: what comes after the product
     wgmma.py         more, fed by the copy engine (compute capability 9.0)
     cublas.py        NVIDIA's library, for comparison

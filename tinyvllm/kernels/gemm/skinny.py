@@ -1,4 +1,4 @@
-"""Batches of 9 to a few hundred rows on compute capability 9.0: wgmma with the sides swapped, and the sum cut up.
+"""Batches of 5 to some hundred rows on compute capability 9.0: wgmma with the sides swapped, and the sum cut up.
 
 wgmma's 64 rows would be mostly empty if they were the rows of x. So the weights are the 64-row side (BM) and the rows
 of x its columns (BN = 16 to 256): the product is computed transposed, and stored the right way round.
@@ -108,6 +108,8 @@ def choose_shape(num_rows: int, num_outputs: int, depth: int, head_dim: int, num
             BN = 64  # two rows of short tiles: o at 128 rows 6.2 us, 7.5 with one
         SPLIT = 2 if 2 * count(least, BN) <= num_multiprocessors and depth >= 16 * BK else 1
         return shape(least, BN, SPLIT, most_stages=9 if BN > 64 else 12 if depth >= 4096 else 8)
+    if depth >= 4096 and 2 * count(128, 128) <= num_multiprocessors:
+        return shape(128, 128, SPLIT=2)  # down at 512 rows 29.3 us, 31.3 as 64 x 128
     tiles = ((64, 128), (128, 96), (128, 128), (192, 96), (192, 128))
     fitting = (tile for tile in tiles if count(*tile) <= num_multiprocessors and tile[0] % (head_dim or 1) == 0)
     return next((shape(*tile) for tile in fitting), None)
