@@ -82,9 +82,12 @@ def kinds_of_logits(rng, vocab_size):
                 rng.random(vocab_size) < 0.5, np.uint16(0x7F7F), np.uint16(0xFF7F))}
 
 
-@pytest.mark.parametrize("rows, vocab_size, parts", [(6, 64, 8), (6, 640, 4)], ids=["short", "long"])
-@pytest.mark.parametrize("kind", kinds_of_logits(np.random.default_rng(0), 64))
-def test_thresholds_and_tokens_are_the_twin_s(rng, kind, rows, vocab_size, parts):
+CROWDS = ("all equal", "few values", "spread", "tiny", "largest")  # what long rows are tried with: they take longer
+
+
+@pytest.mark.parametrize("kind, vocab_size, parts", [
+    *((kind, 64, 8) for kind in kinds_of_logits(np.random.default_rng(0), 64)), *((kind, 640, 4) for kind in CROWDS)])
+def test_thresholds_and_tokens_are_the_twin_s(rng, kind, vocab_size, parts, rows=6):
     """Short rows have parts without logits; long ones have crowds that no list holds."""
     logits = np.stack([kinds_of_logits(rng, vocab_size)[kind] for _ in range(rows)])
     check((logits, np.array([0, 0.05, 0.8, 0.8, 1, 2.5], np.float32),

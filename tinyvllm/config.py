@@ -20,8 +20,8 @@ class EngineConfig:
     enable_prefix_caching: let requests share the blocks of equal prefixes.
     enforce_eager: call the operations one by one from Python, so that one can look between them.
     batch_invariant: add up in an order that does not depend on who else is in the batch, so that a request's logits are
-        the same bits alone and in company. The CPU always does; on a GPU it costs speed, and there remain two exceptions:
-        a piece of a prompt that is one token long, and what is computed again after a preemption.
+        the same bits alone and in company. The CPU always does; on a GPU it costs speed, and two exceptions remain: a
+        piece of a prompt that is one token long, and what is computed again after a preemption.
     seed: of the draws of requests that bring no seed of their own.
     scheduling_policy: "continuous" batching, or "static" for comparison.
     use_kv_cache: False recomputes every sequence from its first token at each step, for comparison.
