@@ -232,6 +232,14 @@ class LLM:
             raise TinyVLLMError("a LiveEngine drives this LLM: use its add(), chat(), stream() and reset(), or close() "
                                 "it first")
 
+    def _settle(self) -> None:
+        """End a step that has been begun ahead, for who wants to look; its outputs come with the next one.
+
+        Not beside a LiveEngine: that would be two threads that step one engine.
+        """
+        if not self.is_driven_elsewhere:
+            self.engine.settle()
+
     def _check_present(self, request_id: str) -> None:
         if not self.engine.has_request(request_id):
             raise TinyVLLMError(f"request {request_id} ended without anybody taking its outputs: llm.engine was used "

@@ -6,6 +6,7 @@ without a GPU.
 import numpy as np
 import pytest
 
+from tests.gpu.arrays import to_device
 from tests.kernel_cases import POISON, assert_close, attention_case, fresh_rng, poisoned, relative_error
 from tinyvllm.kernels import cuda_support
 from tinyvllm.kernels.attention import decode_registers
@@ -41,12 +42,6 @@ def fused():
 def shape(monkeypatch):
     """shape(warps, part_keys): what choose_shape says from now on."""
     return lambda *chosen: monkeypatch.setattr(decode_registers, "choose_shape", lambda *sizes: chosen)
-
-
-def to_device(array):
-    from tinyvllm.kernels.device_array import DeviceArray
-
-    return DeviceArray.of(cuda_support.cuda.to_device(np.ascontiguousarray(array)))
 
 
 def attend(fused, case, times=1, rows_after=5):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tests.gpu.arrays import to_device
 from tests.kernel_cases import fresh_rng, random_bf16, sampling_case
 from tinyvllm.kernels import cuda_support
 from tinyvllm.kernels.bf16 import float32_to_bf16
@@ -26,12 +27,6 @@ def fused(request):
 
     cuda_support.cuda.current_context()
     return FusedOperations(Stream(), hopper=request.param)
-
-
-def to_device(array):
-    from tinyvllm.kernels.device_array import DeviceArray
-
-    return DeviceArray.of(cuda_support.cuda.to_device(np.ascontiguousarray(array)))
 
 
 def poison_scratch(fused):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.forward_case import forward_case, run_forward
+from tests.gpu.arrays import to_device
 from tests.kernel_cases import assert_close, attention_case, fresh_rng, poisoned, random_bf16, sampling_case, ulps
 from tinyvllm.kernels import cuda_support
 from tinyvllm.kernels.argmax import argmax_numpy
@@ -30,12 +31,6 @@ def fused(request):
 
     cuda_support.cuda.current_context()
     return FusedOperations(Stream(), hopper=request.param)
-
-
-def to_device(array):
-    from tinyvllm.kernels.device_array import DeviceArray
-
-    return DeviceArray.of(cuda_support.cuda.to_device(np.ascontiguousarray(array)) if array.size else array)
 
 
 def run_both(fused, name, outs, *arguments):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tests.gpu.arrays import to_device
 from tests.kernel_cases import fresh_rng, poisoned
 from tests.model_files import write_tiny_model
 from tests.parity_cases import CASES
@@ -62,12 +63,8 @@ def test_logits_do_not_depend_on_how_a_prompt_was_cut(folder):
 
 @pytest.mark.parametrize("num_outputs, depth", [(3072, 2048), (2048, 2048), (2048, 8192), (16384, 2048)])
 def test_products_of_the_1b_shape_are_the_same_bits_for_any_number_of_rows(num_outputs, depth):
-    from tinyvllm.kernels.device_array import DeviceArray
     from tinyvllm.kernels.driver import Stream
     from tinyvllm.kernels.fused.operations import FusedOperations
-
-    def to_device(array):
-        return DeviceArray.of(cuda_support.cuda.to_device(array))
 
     cuda_support.cuda.current_context()
     rng, fused = fresh_rng(), FusedOperations(Stream(), batch_invariant=True)

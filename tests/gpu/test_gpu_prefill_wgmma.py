@@ -7,6 +7,7 @@ tests/test_prefill_wgmma.py do the smallest of these without a GPU.
 import numpy as np
 import pytest
 
+from tests.gpu.arrays import to_device
 from tests.kernel_cases import POISON, assert_close, attention_case, fresh_rng, poisoned, relative_error
 from tinyvllm.kernels import cuda_support
 from tinyvllm.kernels.attention import prefill_wgmma
@@ -40,12 +41,6 @@ def fused():
     operations = FusedOperations(Stream(), hopper=True)
     operations.wgmma_prefill_rows = 0  # also for the smallest
     return operations
-
-
-def to_device(array):
-    from tinyvllm.kernels.device_array import DeviceArray
-
-    return DeviceArray.of(cuda_support.cuda.to_device(np.ascontiguousarray(array)))
 
 
 def attend(fused, case, rows_after=3):

@@ -110,10 +110,7 @@ def ahead(bench: Bench, rounds: int, batches=(1, 32, 256), prompt=128, new=128, 
             with begun_ahead(bench.runner, on):
                 return bench.serve(bench.prompts(batch, prompt), [new] * batch).decode_rate
 
-        rate(False), rate(True)
-        pairs = [(rate(False), rate(True)) for _ in range(rounds)]
-        for i, way in enumerate(("off", "on")):
-            yield f"a step ahead {way}: decode, batch {batch} (tokens/s)", [pair[i] for pair in pairs]
+        yield from _with_and_without("a step ahead", rate, f"decode, batch {batch} (tokens/s)", rounds)
     served = workload_requests(bench.config.vocab_size, requests, min(100, longest), longest)
     with begun_ahead(bench.runner, True):
         yield f"a step ahead on: workload, {requests} requests (tokens/s)", repeated(
@@ -127,21 +124,22 @@ def invariant(bench: Bench, rounds: int, batches=(1, 32, 256), prompt=32, new=12
             with batch_invariant(bench, on):
                 return bench.serve(bench.prompts(batch, prompt), [new] * batch).decode_rate
 
-        yield from _with_and_without(rate, f"decode, batch {batch} (tokens/s)", rounds)
+        yield from _with_and_without("batch-invariant", rate, f"decode, batch {batch} (tokens/s)", rounds)
     flops = prefill_flops(bench.config, count, length)
 
     def speed(on):
         with batch_invariant(bench, on):
             return flops / bench.serve(bench.prompts(count, length), [1] * count).first_token_s / 1e12
 
-    yield from _with_and_without(speed, f"prefill, {count} x {length} (TFLOP/s)", rounds)
+    yield from _with_and_without("batch-invariant", speed, f"prefill, {count} x {length} (TFLOP/s)", rounds)
 
 
-def _with_and_without(measure: Callable[[bool], float], what: str, rounds: int) -> Figures:
+def _with_and_without(switch: str, measure: Callable[[bool], float], what: str, rounds: int) -> Figures:
+    """measure(False) and measure(True), in turn."""
     measure(False), measure(True)
     pairs = [(measure(False), measure(True)) for _ in range(rounds)]
     for i, way in enumerate(("off", "on")):
-        yield f"batch-invariant {way}: {what}", [pair[i] for pair in pairs]
+        yield f"{switch} {way}: {what}", [pair[i] for pair in pairs]
 
 
 @contextlib.contextmanager

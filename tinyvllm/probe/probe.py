@@ -227,9 +227,8 @@ class Probe:
 
     @property
     def _runner(self) -> ModelRunner:
-        """The runner, at rest: a step that has been begun ahead is ended first, its outputs come with the next one."""
-        if not self._llm.is_driven_elsewhere:  # else that would be two threads that step one engine
-            self._llm.engine.settle()
+        """The runner, at rest."""
+        self._llm._settle()
         return self._llm.runner
 
     def _attention(self) -> AttentionView:

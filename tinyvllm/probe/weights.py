@@ -71,7 +71,7 @@ class WeightEditor:
                              f"(None), got column {column!r}")
         if isinstance(bits, bool) or not isinstance(bits, Integral) or not 0 <= bits <= 0xFFFF:
             raise ProbeError(f"bits of {name} are a bfloat16 as a whole number from 0 to 65535, got {bits!r}")
-        self._settle()  # what is under way is computed with the old one
+        self._llm._settle()  # what is under way is computed with the old one
         old = self._put(piece, row, column, int(bits))
         key = name, row, column
         original = self._patches[key].old if key in self._patches else old
@@ -85,15 +85,11 @@ class WeightEditor:
     def restore(self) -> None:
         """Put back what every patch replaced."""
         if self._patches:
-            self._settle()
+            self._llm._settle()
             for patch in self._patches.values():
                 self._put(self._pieces[patch.name], patch.row, patch.column, patch.old)
             self._patches.clear()
             self._llm.engine.kv_cache_manager.forget_cached()
-
-    def _settle(self) -> None:
-        if not self._llm.is_driven_elsewhere:
-            self._llm.engine.settle()
 
     def _put(self, piece: WeightPiece, row: int, column: int | None, bits: int) -> int:
         backend, array, row = self._llm.runner.backend, self._array(piece), piece.row_offset + row
