@@ -147,7 +147,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def make_engine(model, monkeypatch):
     monkeypatch.setattr(cuda_graphs, "cuda", SimpleNamespace(current_context=lambda: None))
-    monkeypatch.setattr(pinned, "pinned_buffer", lambda size: (ctypes.c_char * size)())
+    monkeypatch.setattr(pinned, "pinned_buffer", lambda size, last_use: (ctypes.c_char * size)())
     monkeypatch.setattr(pinned, "Event", HostEvent)
     config, weights = model
 

@@ -23,6 +23,7 @@ import functools
 import math
 import struct
 import sys
+import weakref
 from ctypes import byref, c_char, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 
 from tinyvllm.kernels.cuda_support import cuda
@@ -201,11 +202,22 @@ def launch(kernel, grid, threads: int, shared_bytes: int, stream: Stream, argume
     kernel.direct.launch(grid, threads, shared_bytes, stream, arguments, dependent, cluster)
 
 
-def pinned_buffer(size: int):
-    """A ctypes buffer of page-locked memory, which the GPU copies from and to without a detour; kept for good."""
+def pinned_buffer(size: int, last_use: Event):
+    """A ctypes buffer of page-locked memory, which the GPU copies from and to without a detour.
+
+    It goes back to the system with the last array that looks into it, once `last_use` has passed on the GPU.
+    """
     address = c_void_p()
     check(driver().cuMemHostAlloc(byref(address), c_size_t(size), 0), "allocating pinned memory")
-    return (c_char * size).from_address(address.value)
+    buffer = (c_char * size).from_address(address.value)
+    weakref.finalize(buffer, _free_pinned, address, last_use).atexit = False  # by then the driver may be gone
+    return buffer
+
+
+def _free_pinned(address: c_void_p, last_use: Event) -> None:
+    if not sys.is_finalizing():
+        last_use.synchronize()  # of one that was never recorded: returns at once
+        check(driver().cuMemFreeHost(address), "giving pinned memory back")
 
 
 def tensor_map_bytes(address: int, shape: tuple[int, ...], box: tuple[int, ...]) -> bytes:

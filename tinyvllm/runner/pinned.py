@@ -13,11 +13,11 @@ class Pinned:
     """One of the buffers. array: int32, on the host; shape, rows, requests: for whoever fills it to remember how."""
 
     def __init__(self, stream: Stream, count: int):
-        self.array = np.frombuffer(pinned_buffer(4 * count), np.int32)
+        self._stream, self._event, self._in_use = stream, Event(), False
+        self.array = np.frombuffer(pinned_buffer(4 * count, self._event), np.int32)
         self.shape: tuple[int, ...] = ()
         self.rows: list = []
         self.requests: list = []
-        self._stream, self._event, self._in_use = stream, Event(), False
 
     def copying(self) -> None:
         """The copy was put on the stream: the memory is the GPU's until it has run."""
