@@ -198,6 +198,10 @@ class Instructions:
         thread = self.local.thread
         special = {"%tid.x": thread, "%laneid": thread % 32, "%nctaid.x": self.num_blocks,
                    **{f"%ctaid.{axis}": i for axis, i in zip("xyz", self.here.index)}}
+        if name == "mov" and isinstance(operands[1], list):  # two halves
+            low, high = map(get, operands[1])
+            registers[operands[0]] = high << 32 | low
+            return
         a = [special[x] if x in special else get(x) for x in operands[1:]]
         f32 = opcode.endswith(".f32")
         if any(isinstance(x, Pending) for x in a):

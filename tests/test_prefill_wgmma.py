@@ -65,7 +65,8 @@ def test_what_the_kernel_can_run():
     assert all(can_run(32, 8, d, page) for d in (64, 128) for page in (8, 16, 32))
     assert all(can_run(32, 8, d, 64) for d in (64, 128))
     assert not can_run(32, 8, 80, 16) and not can_run(32, 8, 64, 5) and not can_run(32, 8, 128, 128)
-    assert can_run(128, 1, 64, 16) and not can_run(129, 1, 64, 16)
+    assert can_run(192, 1, 64, 16) and not can_run(193, 1, 64, 16)
+    assert can_run(128, 1, 128, 16) and not can_run(129, 1, 128, 16)
 
 
 def test_tensor_maps_are_described_with_the_last_axis_first(monkeypatch):

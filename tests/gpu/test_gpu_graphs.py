@@ -98,7 +98,7 @@ def test_steps_ahead_of_a_batch_that_comes_at_once(folder, temperature):
 
 
 def test_steps_ahead_with_preemption_and_chunks_lose_nothing(folder):
-    llm = make_llm(folder, num_blocks=60, max_num_batched_tokens=64)
+    llm = make_llm(folder, num_blocks=16, max_model_len=256, max_num_batched_tokens=64)
     wanted = prompts(fresh_rng(), 40)
     tokens = serve_in_waves(llm, True, wanted, 0)
     assert all(len(tokens[str(i)]) == 20 + 3 * (i % 20) for i in range(0, 40, 2))

@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 def make_llm(folder, **options):
     return LLM(folder, device="cuda", use_tqdm=False, skip_tokenizer_init=True, batch_invariant=True, **{
-        "num_blocks": 900, "max_num_seqs": 300, "max_num_batched_tokens": 2048, "max_model_len": 1024, **options})
+        "num_blocks": 900, "max_num_seqs": 300, "max_num_batched_tokens": 2048, "max_model_len": 512, **options})
 
 
 def logits_of(llm, prompt, company):

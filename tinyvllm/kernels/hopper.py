@@ -25,7 +25,7 @@ __all__ = ["sequence", "zeros", "multiply_64", "multiply_wait", "multiply_wait_a
            "tensor_load_for_all", "EVICT_FIRST", "EVICT_NORMAL", "tensor_map_acquire", "tensor_store", "tensor_add",
            "stores_commit", "stores_read", "stores_done", "shared_to_engine", "cluster_arrive",
            "cluster_arrive_relaxed", "cluster_wait", "cluster_leave", "cluster_sum", "put_sums", "descriptor",
-           "group_barrier", "emit"]
+           "describe", "DESCRIPTORS", "group_barrier", "emit"]
 
 if INLINE:
     from llvmlite import ir
@@ -140,11 +140,19 @@ shared_to_engine = instruction("fence.proxy.async.shared::cta;", "", "", memory=
 # ---- tensor cores ----
 
 
-# descriptor(shared address): of a tile whose rows are 128 bytes, swizzled; 8 rows make a group of 1024 bytes
-descriptor = sequence("u64", "u32", lambda builder, address: [builder.or_(
-    builder.zext(builder.and_(builder.lshr(address[0], ir.Constant(ir.IntType(32), 4)),
-                              ir.Constant(ir.IntType(32), 0x3FFF)), ir.IntType(64)),
-    ir.Constant(ir.IntType(64), 0x4000000000000000 | 64 << 32 | 1 << 16))])
+# What wgmma is told of a tile in shared memory is 64 bits. Of tiles with rows of 128 bytes, swizzled, 8 of which make a
+# group of 1024 bytes, all have the same upper half; the lower one has the address, in units of 16 bytes. It alone
+# travels, and 32-bit arithmetic moves it along a tile: with 64-bit numbers a warp spent a third of its time on them.
+descriptor = sequence("u32", "u32", lambda builder, address: [builder.or_(
+    builder.lshr(address[0], ir.Constant(ir.IntType(32), 4)), ir.Constant(ir.IntType(32), 1 << 16))])
+DESCRIPTORS = "{ .reg .b32 low, high; .reg .b64 da, db; mov.b32 high, 0x40000040; "  # at the beginning of a text
+
+
+def describe(name: str, low: str, units: int) -> str:
+    """Text that makes `da` or `db` the descriptor of what lies `units` of 16 bytes behind `low`, a descriptor."""
+    if not units:
+        return f"mov.b64 {name}, {{{low}, high}}; "
+    return f"add.u32 low, {low}, {units}; mov.b64 {name}, {{low, high}}; "
 
 
 def multiply_64(N: int):
@@ -157,15 +165,14 @@ def multiply_64(N: int):
 
     def build(builder, sums, a, b):
         registers = ",".join(f"${i}" for i in range(count))
-        steps = 4 * (f"wgmma.mma_async.sync.aligned.m64n{N}k16.f32.bf16.bf16 {{{registers}}}, da, db, p, 1, 1, 0, 0; "
-                     "add.u64 da, da, 2; add.u64 db, db, 2; ")
-        text = ("{ .reg .pred p; .reg .u64 da, db; setp.ne.b32 p, 1, 0; "
-                f"mov.u64 da, ${2 * count}; mov.u64 db, ${2 * count + 1}; "
-                f"wgmma.fence.sync.aligned; {steps} wgmma.commit_group.sync.aligned; }}")
-        return emit(builder, text, "f32 " * count, "f32 " * count + "u64 u64", sums + a + b, tied=count, memory=True,
-                    volatile=True)
+        text = DESCRIPTORS + ".reg .pred p; setp.ne.b32 p, 1, 0; wgmma.fence.sync.aligned; "
+        for step in range(4):  # a step takes 16 columns: 32 bytes
+            text += (describe("da", f"${2 * count}", 2 * step) + describe("db", f"${2 * count + 1}", 2 * step)
+                     + f"wgmma.mma_async.sync.aligned.m64n{N}k16.f32.bf16.bf16 {{{registers}}}, da, db, p, 1, 1, 0, 0; ")
+        return emit(builder, text + "wgmma.commit_group.sync.aligned; }", "f32 " * count, "f32 " * count + "u32 u32",
+                    sums + a + b, tied=count, memory=True, volatile=True)
 
-    return sequence(f"f32*{count}", f"f32*{count} u64 u64", build)
+    return sequence(f"f32*{count}", f"f32*{count} u32 u32", build)
 
 
 def multiply_wait(count: int, under_way: int = 0, also: str = ""):

@@ -40,7 +40,7 @@ __all__ = ["widen_cuda", "narrow_cuda", "instruction", "mma_m16n8k16", "ldmatrix
            "block_index_z", "grid_size_x", "dynamic_shared", "warp_barrier", "load_shared_16_bytes",
            "store_shared_16_bytes", "store_shared_two_f32", "store_16_bytes", "load_8_bytes",
            "store_8_bytes", "wait_for_previous_kernel",
-           "let_next_kernel_start", "warp_sum", "warp_max", "ballot", "count_bits", "reciprocal",
+           "let_next_kernel_start", "warp_sum", "warp_max", "same_in_warp", "ballot", "count_bits", "reciprocal",
            "quotient"]
 
 INLINE = cuda is not None and not simulated()  # the simulator runs Python: it knows no PTX
@@ -202,6 +202,9 @@ shuffle_xor = instruction("shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;", "f32
 
 warp_sum = instruction("redux.sync.add.u32 $0, $1, 0xffffffff;", "u32", "u32", volatile=True)
 warp_max = instruction("redux.sync.max.u32 $0, $1, 0xffffffff;", "u32", "u32", volatile=True)
+# same_in_warp(x): x, which is the same in all lanes; now the assembler knows it, and what follows from it is computed
+# once for the warp, in registers that the warp has together
+same_in_warp = instruction("redux.sync.or.b32 $0, $1, 0xffffffff;", "u32", "u32", volatile=True)
 # bit i of the result: whether lane i's number is not zero
 ballot = instruction("{ .reg .pred P; setp.ne.u32 P, $1, 0; vote.sync.ballot.b32 $0, P, 0xffffffff; }", "u32", "u32",
                      volatile=True)

@@ -183,5 +183,10 @@ class CUDABackend:
         return contextlib.nullcontext()  # one stream: one operation after the other
 
     def memory_info(self) -> tuple[int, int]:
-        info = cuda.current_context().get_memory_info()
+        context = cuda.current_context()
+        # numba gives memory back in bulk, later: until then a cache that has gone would still count as taken.
+        pending = getattr(getattr(context, "memory_manager", None), "deallocations", None)
+        if pending is not None:
+            pending.clear()
+        info = context.get_memory_info()
         return info.free, info.total

@@ -19,7 +19,7 @@ Queries, keys and values lie in shared memory as the copy engine leaves them: ro
 Every function is a macro in the sense of hopper.sequence: Python here, straight instructions in the kernel.
 """
 
-from tinyvllm.kernels.hopper import emit, sequence
+from tinyvllm.kernels.hopper import DESCRIPTORS, describe, emit, sequence
 from tinyvllm.kernels.ptx import INLINE
 
 if INLINE:
@@ -63,18 +63,18 @@ def multiply_keys(KEYS: int, HALVES: int, QUERY_BYTES: int, KEY_BYTES: int):
     registers = ",".join(f"${i}" for i in range(count))
 
     def build(builder, q, k):
-        text = ("{ .reg .pred first, later; .reg .u64 dq, dk; setp.ne.b32 first, 0, 0; setp.ne.b32 later, 1, 0; "
-                "wgmma.fence.sync.aligned; ")
+        text = DESCRIPTORS + (".reg .pred first, later; setp.ne.b32 first, 0, 0; setp.ne.b32 later, 1, 0; "
+                              "wgmma.fence.sync.aligned; ")
         for half in range(HALVES):
             for step in range(HALF // 16):  # a step takes 16 of head_dim: 32 bytes, in units of 16
-                text += (f"add.u64 dq, ${count}, {(half * QUERY_BYTES + 32 * step) // 16}; "
-                         f"add.u64 dk, ${count + 1}, {(half * KEY_BYTES + 32 * step) // 16}; "
-                         f"wgmma.mma_async.sync.aligned.m64n{KEYS}k16.f32.bf16.bf16 {{{registers}}}, dq, dk, "
+                text += (describe("da", f"${count}", (half * QUERY_BYTES + 32 * step) // 16)
+                         + describe("db", f"${count + 1}", (half * KEY_BYTES + 32 * step) // 16)
+                         + f"wgmma.mma_async.sync.aligned.m64n{KEYS}k16.f32.bf16.bf16 {{{registers}}}, da, db, "
                          f"{'later' if half or step else 'first'}, 1, 1, 0, 0; ")
         text += "wgmma.commit_group.sync.aligned; }"
-        return emit(builder, text, "f32 " * count, "u64 u64", q + k, memory=True, volatile=True)
+        return emit(builder, text, "f32 " * count, "u32 u32", q + k, memory=True, volatile=True)
 
-    return sequence(f"f32*{count}", "u64 u64", build)
+    return sequence(f"f32*{count}", "u32 u32", build)
 
 
 def add_values(KEYS: int, HALVES: int, VALUE_BYTES: int):
@@ -86,19 +86,19 @@ def add_values(KEYS: int, HALVES: int, VALUE_BYTES: int):
     half_registers = [",".join(f"${i}" for i in range(32 * half, 32 * half + 32)) for half in range(HALVES)]
 
     def build(builder, outputs, pairs, v):
-        text = "{ .reg .pred add; .reg .u64 dv; setp.ne.b32 add, 1, 0; wgmma.fence.sync.aligned; "
+        text = DESCRIPTORS + ".reg .pred add; setp.ne.b32 add, 1, 0; wgmma.fence.sync.aligned; "
         for step in range(KEYS // 16):  # a step takes 16 keys: two groups of rows
             a = ",".join(f"${2 * sums + 4 * step + i}" for i in range(4))
             for half in range(HALVES):
                 offset = half * VALUE_BYTES + step * 2 * GROUP_BYTES
-                text += (f"add.u64 dv, ${2 * sums + weights}, {offset // 16}; "
-                         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-                         f"{{{half_registers[half]}}}, {{{a}}}, dv, add, 1, 1, 1; ")
+                text += (describe("db", f"${2 * sums + weights}", offset // 16)
+                         + "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                         f"{{{half_registers[half]}}}, {{{a}}}, db, add, 1, 1, 1; ")
         text += "wgmma.commit_group.sync.aligned; }"
-        return emit(builder, text, "f32 " * sums, "f32 " * sums + "u32 " * weights + "u64", outputs + pairs + v,
+        return emit(builder, text, "f32 " * sums, "f32 " * sums + "u32 " * weights + "u32", outputs + pairs + v,
                     tied=sums, memory=True, volatile=True)
 
-    return sequence(f"f32*{sums}", f"f32*{sums} u32*{weights} u64", build)
+    return sequence(f"f32*{sums}", f"f32*{sums} u32*{weights} u32", build)
 
 
 # ---- the softmax of a lane's parts of two rows ----

@@ -73,7 +73,9 @@ def choose_shape(head_dim: int, block_size: int = 16) -> tuple[int, int, int, in
 
         two warpgroups of 96 keys 316, 417; one of 128, twice a multiprocessor 307, 411; three of 64 313, 397
     """
-    return 2, 96 if 96 % block_size == 0 else 64, 6 if head_dim == 64 else 3, 1
+    if head_dim == 64:
+        return 3, 80 if 80 % block_size == 0 else 64, 6, 1
+    return 2, 96 if 96 % block_size == 0 else 64, 3, 1
 
 
 def can_run(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) -> bool:

@@ -40,12 +40,12 @@ from tinyvllm.kernels.attention.fragments import (
     mask_scores,
     multiply_keys,
     pack_pairs,
-    put_rows,
     row_maxima,
     row_sums,
     scale_rows,
 )
 from tinyvllm.kernels.attention.prefill_layout import can_run, choose_shape, make_layout
+from tinyvllm.kernels.attention.prefill_output import make_store
 from tinyvllm.kernels.attention.prefill_producer import make_producer, next_buffer, next_stage
 from tinyvllm.kernels.cuda_support import cuda, device_function, kernel
 from tinyvllm.kernels.hopper import (
@@ -66,11 +66,10 @@ from tinyvllm.kernels.ptx import (
     load_shared_16_bytes,
     maximum,
     reciprocal,
+    same_in_warp,
     shuffle_xor,
-    store_16_bytes,
     store_shared_16_bytes,
     thread_index,
-    warp_barrier,
 )
 
 __all__ = ["prefill_wgmma_kernel", "can_run", "choose_shape"]
@@ -96,7 +95,7 @@ def prefill_wgmma_kernel(D: int, GROUP: int, BLOCK: int, CONSUMERS: int, KEYS: i
     wait_outputs = multiply_wait(OUTPUTS, 0, also=f"u32*{KEYS // 4} f32 f32")
     mask, maxima, powers = mask_scores(SCORES), row_maxima(SCORES), exponentials(SCORES)
     add_up, pack, rescale, zero = row_sums(SCORES), pack_pairs(SCORES), scale_rows(OUTPUTS), zeros(OUTPUTS)
-    put = put_rows(L.HALVES, L.QUERY_HALF)
+    store = make_store(L)
 
     @device_function
     def keys_in(shared, stage):
@@ -154,7 +153,7 @@ def prefill_wgmma_kernel(D: int, GROUP: int, BLOCK: int, CONSUMERS: int, KEYS: i
             produce(shared, q_map, k_map, v_map, block_tables, seq_lens, query_start_loc, num_decodes, num_requests,
                     max_blocks, num_kv_heads)
         else:
-            consumer = np.uint32(0 if L.CONSUMERS == 1 else thread // np.uint32(128))
+            consumer = np.uint32(0 if L.CONSUMERS == 1 else same_in_warp(thread // np.uint32(128)))
             own = np.uint32(thread % np.uint32(128))
             warp_row = np.uint32(np.uint32(thread // np.uint32(32)) * 16)
             row = np.uint32(warp_row + lane // np.uint32(4))  # this lane's are this one and the eighth after it
@@ -169,7 +168,9 @@ def prefill_wgmma_kernel(D: int, GROUP: int, BLOCK: int, CONSUMERS: int, KEYS: i
                 barrier_wait(np.uint32(shared + L.Q_ARRIVED + 8 * buffer), q_phase)
                 entry = np.uint32(shared + L.ENTRIES_AT + 32 * buffer)
                 first_row, num_tokens, first_position, kv_head = load_shared_16_bytes(entry)
-                seq_len = np.int32(load_shared_16_bytes(np.uint32(entry + 16))[0])
+                first_row, num_tokens = same_in_warp(first_row), same_in_warp(num_tokens)
+                first_position, kv_head = same_in_warp(first_position), same_in_warp(kv_head)
+                seq_len = np.int32(same_in_warp(load_shared_16_bytes(np.uint32(entry + 16))[0]))
                 working = num_tokens > 0
                 if working:
                     # idle rows repeat the last token
@@ -177,6 +178,7 @@ def prefill_wgmma_kernel(D: int, GROUP: int, BLOCK: int, CONSUMERS: int, KEYS: i
                     last_0 = np.int32(position + min(token_0, tokens - 1) - column)
                     last_1 = np.int32(position + min(token_1, tokens - 1) - column)
                     lowest = np.int32(position + min(group_token, tokens - 1))  # position in this warpgroup
+                    first_masked = np.int32(np.uint32(lowest + 1) // np.uint32(L.KEYS))  # tile
                     tile = np.int32(np.uint32(first_position + num_tokens + (L.KEYS - 1)) // np.uint32(L.KEYS) - 1)
                     queries = np.uint32(shared + buffer * L.QUERIES)
                     q = descriptor(np.uint32(queries + consumer * (64 * 128)))
@@ -185,6 +187,7 @@ def prefill_wgmma_kernel(D: int, GROUP: int, BLOCK: int, CONSUMERS: int, KEYS: i
                     barrier_wait(np.uint32(shared + L.K_ARRIVED + 8 * k_stage), k_phase)
                     scores = wait_scores_alone(multiply(q, keys_in(shared, k_stage)))
                     barrier_arrive_where_0(np.uint32(shared + L.K_FREED + 8 * k_stage), lane)
+                    v_stage, v_phase = k_stage, k_phase
                     k_stage, k_phase = next_stage(k_stage, k_phase, L.STAGES)
                     scores = mask(scores, np.int32(last_0 - tile * L.KEYS), np.int32(last_1 - tile * L.KEYS))
                     scores, m_0, m_1, l_0, l_1, r_0, r_1 = soften(scores, scale, LOWEST, LOWEST, ZERO, ZERO)
@@ -199,17 +202,20 @@ def prefill_wgmma_kernel(D: int, GROUP: int, BLOCK: int, CONSUMERS: int, KEYS: i
                         tile = np.int32(tile - 1)
                         barrier_wait(np.uint32(shared + L.K_ARRIVED + 8 * k_stage), k_phase)
                         barrier_wait(np.uint32(shared + L.V_ARRIVED + 8 * v_stage), v_phase)
-                        scores = multiply(q, keys_in(shared, k_stage))
-                        outputs = add(outputs, weights, values_in(shared, v_stage))
+                        queries_here, keys_here = same_in_warp(q), same_in_warp(keys_in(shared, k_stage))
+                        values_here = same_in_warp(values_in(shared, v_stage))
+                        scores = multiply(queries_here, keys_here)
+                        outputs = add(outputs, weights, values_here)
                         scores = wait_scores(scores)
                         barrier_arrive_where_0(np.uint32(shared + L.K_FREED + 8 * k_stage), lane)
+                        held_stage, held_phase = k_stage, k_phase
                         k_stage, k_phase = next_stage(k_stage, k_phase, L.STAGES)
-                        if (tile + 1) * L.KEYS > lowest + 1:
+                        if tile >= first_masked:
                             scores = mask(scores, np.int32(last_0 - tile * L.KEYS), np.int32(last_1 - tile * L.KEYS))
                         scores, m_0, m_1, l_0, l_1, r_0, r_1 = soften(scores, scale, m_0, m_1, l_0, l_1)
                         outputs = wait_outputs(outputs, weights, l_0, l_1)
                         barrier_arrive_where_0(np.uint32(shared + L.V_FREED + 8 * v_stage), lane)
-                        v_stage, v_phase = next_stage(v_stage, v_phase, L.STAGES)
+                        v_stage, v_phase = held_stage, held_phase
                         outputs = rescale(outputs, r_0, r_1)
                         weights = pack(scores)
                     barrier_wait(np.uint32(shared + L.V_ARRIVED + 8 * v_stage), v_phase)
@@ -218,28 +224,9 @@ def prefill_wgmma_kernel(D: int, GROUP: int, BLOCK: int, CONSUMERS: int, KEYS: i
                         l_0, l_1 = l_0 + shuffle_xor(l_0, lanes), l_1 + shuffle_xor(l_1, lanes)
                     outputs = wait_outputs(outputs, weights, l_0, l_1)
                     barrier_arrive_where_0(np.uint32(shared + L.V_FREED + 8 * v_stage), lane)
-                    v_stage, v_phase = next_stage(v_stage, v_phase, L.STAGES)
 
-                    # ---- out: over this warp's queries in shared memory, then 16 bytes a lane ----
                     outputs = rescale(outputs, reciprocal(l_0), reciprocal(l_1))
-                    group_barrier(np.uint32(consumer + 1))  # the warpgroup is done with its queries
-                    put(np.uint32(queries + (warp_row + lane % np.uint32(16)) * 128), np.uint32(lane // np.uint32(16)),
-                        np.uint32(lane % np.uint32(8)), outputs)
-                    warp_barrier()
-                    chunk = np.uint32(lane % np.uint32(8))
-                    for i in range(4):
-                        out_row = np.uint32(warp_row + 4 * i + lane // np.uint32(8))
-                        token = np.uint32(out_row // np.uint32(L.GROUP))
-                        head = np.uint32(kv_head * L.GROUP + out_row - token * L.GROUP)
-                        if token < num_tokens:  # the rows after them are other requests'
-                            to = out + ((np.uint64(first_row + token) * np.uint64(num_heads) + np.uint64(head))
-                                        * np.uint64(2 * L.D) + np.uint64(chunk * 16))
-                            place = np.uint32(queries + out_row * 128 + (chunk ^ out_row % np.uint32(8)) * 16)
-                            for half in range(L.HALVES):
-                                a, b, c, d = load_shared_16_bytes(np.uint32(place + half * L.QUERY_HALF))
-                                store_16_bytes(to + np.uint64(128 * half), a, b, c, d)
-                    shared_to_engine()  # which writes there next
-                    warp_barrier()
+                    store(out, queries, outputs, consumer, warp_row, lane, first_row, num_tokens, kv_head, num_heads)
                     barrier_arrive_where_0(np.uint32(shared + L.Q_FREED + 8 * buffer), lane)
                     buffer, q_phase = next_buffer(buffer, q_phase)
 

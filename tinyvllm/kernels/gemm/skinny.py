@@ -110,7 +110,7 @@ def choose_shape(num_rows: int, num_outputs: int, depth: int, head_dim: int, num
         return shape(least, BN, SPLIT, most_stages=9 if BN > 64 else 12 if depth >= 4096 else 8)
     if depth >= 4096 and 2 * count(128, 128) <= num_multiprocessors:
         return shape(128, 128, SPLIT=2)  # down at 512 rows 29.3 us, 31.3 as 64 x 128
-    tiles = ((64, 128), (128, 96), (128, 128), (192, 96), (192, 128))
+    tiles = ((64, 96), (64, 128), (128, 96), (128, 104), (128, 128), (192, 96), (192, 128))
     fitting = (tile for tile in tiles if count(*tile) <= num_multiprocessors and tile[0] % (head_dim or 1) == 0)
     return next((shape(*tile) for tile in fitting), None)
 
