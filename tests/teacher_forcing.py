@@ -4,7 +4,7 @@ import numpy as np
 
 from tinyvllm import SamplingParams
 from tinyvllm.engine.request import Request
-from tinyvllm.engine.scheduler import ScheduledRequest, SchedulerOutput
+from tinyvllm.engine.scheduler import SchedulerOutput
 from tinyvllm.kernels.bf16 import bf16_to_float32
 
 
@@ -26,8 +26,8 @@ def sequence_logits(llm, token_ids, chunks, last_rows=None, block_ids=None) -> n
     while start < len(token_ids):
         size = min(sizes.pop(0) if len(sizes) > 1 else sizes[0], len(token_ids) - start)
         blocks = block_ids[:-(-(start + size) // pool.block_size)]
-        output = SchedulerOutput([ScheduledRequest(request, size, start, blocks, sample=False)],
-                                 num_decodes=int(size == 1))
+        output = SchedulerOutput([request], np.array([start], np.int32), np.array([size], np.int32), np.array([False]),
+                                 [blocks], num_decodes=int(size == 1))
         batch = runner.builder.build(output)
         first = max(0, keep_from - start)
         if first < size:

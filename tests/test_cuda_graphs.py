@@ -396,6 +396,21 @@ def test_a_step_whose_parameters_could_not_be_written_leaves_none_behind(make_en
     assert run(engine) == run(plain)
 
 
+@SAMPLED
+def test_a_step_that_fails_once_it_is_under_way_is_begun_again_with_the_tokens_before_it(make_engine, params):
+    """It has run on the device, unknown to anybody: what it sampled there is not what the next one begins with."""
+    engine, plain = make_engine(ahead=True), make_engine()
+    for one in (engine, plain):
+        add(one, ["it", "other"], **params)
+    backend, tokens = engine.runner.backend, {}
+    for step in range(30):
+        if step in (4, 6, 9):  # the one ahead
+            backend.download_later = lambda *_: 1 / 0
+        tokens.update({o.request_id: o.outputs[0].token_ids for o in engine.step(ahead=True)})
+        vars(backend).pop("download_later", None)
+    assert tokens == run(plain) and not engine.has_unfinished_requests()
+
+
 def test_a_request_that_ends_early_leaves_a_row_that_nobody_reads(make_engine):
     plain = make_engine()
     tokens = busy(plain, temperature=0)[0]

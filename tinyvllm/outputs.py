@@ -1,6 +1,10 @@
 """What a request gives back: the shape of vLLM's outputs, plus the times that a lecture talks about."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tinyvllm.engine.request import Request
 
 
 @dataclass
@@ -49,6 +53,8 @@ class TokenIds:
     def __get__(self, instance, owner=None) -> list[int]:
         if instance is None:
             raise AttributeError("a field without a default")  # what dataclasses ask for
+        if self._name not in instance.__dict__:
+            raise AttributeError(self._name)  # then __getattr__ is asked, where there is one
         value = instance.__dict__[self._name]
         if isinstance(value, tuple):
             tokens, start, stop = value
@@ -79,7 +85,11 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """The state of one request after a step: prompt, continuation so far, times."""
+    """The state of one request after a step: prompt, continuation so far, times.
+
+    Hundreds of these come with every step, and most are looked at for `finished` only, so the engine makes them with
+    `after_step`: all else is put together when it is first asked for. What they say is of that step, whenever that is.
+    """
 
     request_id: str
     prompt: str | None
@@ -88,6 +98,42 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     num_cached_tokens: int = 0
+
+    @classmethod
+    def after_step(cls, request: "Request", finished: bool, text: str = "", new_text: str = "") -> "RequestOutput":
+        """The state of a request as it is now. Tokens and reasons are read later: tokens are only ever appended, and
+        nothing changes in a request that has ended."""
+        output = cls.__new__(cls)
+        output.request_id = request.request_id
+        output.finished = finished
+        output.num_cached_tokens = request.metrics.num_cached_tokens
+        output._state = request, len(request.token_ids), request.metrics.num_preemptions, text, new_text
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        """Of what is not there (yet)."""
+        if name not in type(self).__dataclass_fields__ or "_state" not in vars(self):
+            raise AttributeError(f"{type(self).__name__} has no {name!r}")
+        self._complete()
+        return getattr(self, name)
+
+    def __getstate__(self) -> dict:
+        """For copies and for other processes: the fields alone."""
+        if "metrics" not in vars(self):
+            self._complete()
+        return {name: value for name, value in vars(self).items() if name != "_state"}
+
+    def _complete(self) -> None:
+        request, num_tokens, num_preemptions, text, new_text = self._state
+        token_ids, num_prompt, of = request.token_ids, request.num_prompt_tokens, request.metrics
+        completion = CompletionOutput(0, text, (token_ids, num_prompt, num_tokens),
+                                      request.finish_reason if self.finished else None,
+                                      request.stop_reason if self.finished else None, new_text)
+        metrics = RequestMetrics(of.arrival_time, of.first_scheduled_time, of.first_token_time,
+                                 of.finished_time if self.finished else None, num_tokens - num_prompt,
+                                 self.num_cached_tokens, num_preemptions)
+        self.__init__(self.request_id, request.prompt, (token_ids, 0, num_prompt), [completion], self.finished, metrics,
+                      self.num_cached_tokens)
 
 
 @dataclass

@@ -73,13 +73,14 @@ class BlockPool:
 
     def get_new_blocks(self, count: int) -> list[KVCacheBlock]:
         """Take `count` blocks from the head of the free queue; the caller has checked that there are as many."""
-        if count > self.num_free_blocks:
-            raise RuntimeError(f"{count} blocks asked for, {self.num_free_blocks} free")
+        queue, blocks = self.free_block_queue, self.blocks
+        if count > len(queue):
+            raise RuntimeError(f"{count} blocks asked for, {len(queue)} free")
         taken = []
         evicted = []
         for _ in range(count):
-            block_id, _ = self.free_block_queue.popitem(last=False)
-            block = self.blocks[block_id]
+            block_id, _ = queue.popitem(last=False)
+            block = blocks[block_id]
             if block.block_hash is not None:
                 self._evict(block)
                 evicted.append(block_id)

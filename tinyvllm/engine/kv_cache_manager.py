@@ -50,28 +50,29 @@ class KVCacheManager:
 
         computed_blocks: a prefix from get_computed_blocks, for a request that is being admitted.
         """
-        held = self.req_to_blocks.get(request.request_id, [])
-        if held and not computed_blocks and (
-                request.num_computed_tokens + num_new_tokens <= len(held) * self.block_size):
-            return []  # the usual case: its last block has room
         computed_blocks = computed_blocks or []
-        num_computed = request.num_computed_tokens + len(computed_blocks) * self.block_size
-        num_needed = -(-(num_computed + num_new_tokens) // self.block_size)
-        num_new = num_needed - len(held) - len(computed_blocks)
+        blocks = self.req_to_blocks.get(request.request_id, [])
+        num_tokens = request.num_computed_tokens + len(computed_blocks) * self.block_size + num_new_tokens
+        num_new = -(-num_tokens // self.block_size) - len(blocks) - len(computed_blocks)
+        if num_new <= 0 and blocks and not computed_blocks:
+            return []  # the usual case: its last block has room
         # Found blocks that nobody holds stand in the free queue: they cannot be counted as room too.
-        num_free = self.pool.num_free_blocks - sum(block.ref_cnt == 0 for block in computed_blocks)
+        num_free = self.pool.num_free_blocks - (
+            sum(block.ref_cnt == 0 for block in computed_blocks) if computed_blocks else 0)
         if num_new > num_free:
             return None
         if computed_blocks:
             self.pool.touch(computed_blocks)
         new_blocks = self.pool.get_new_blocks(num_new) if num_new > 0 else []
-        blocks = self.req_to_blocks.setdefault(request.request_id, [])
+        if not blocks:  # it is being admitted
+            blocks = self.req_to_blocks.setdefault(request.request_id, [])
+            self.req_to_block_ids.setdefault(request.request_id, [])
+            hashes = self.req_to_hashes.setdefault(request.request_id, [])
+            hashes += [block.block_hash for block in computed_blocks]
         blocks += computed_blocks
         blocks += new_blocks
-        block_ids = self.req_to_block_ids.setdefault(request.request_id, [])
+        block_ids = self.req_to_block_ids[request.request_id]
         block_ids += [block.block_id for block in blocks[len(block_ids):]]
-        hashes = self.req_to_hashes.setdefault(request.request_id, [])
-        hashes += [block.block_hash for block in computed_blocks]
         if self.events is not None:
             for kind, some in (("blocks_shared", computed_blocks), ("blocks_allocated", new_blocks)):
                 if some:

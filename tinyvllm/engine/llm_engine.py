@@ -20,7 +20,7 @@ from tinyvllm.engine.request import Request, RequestStatus
 from tinyvllm.engine.scheduler import Scheduler
 from tinyvllm.engine.snapshot import emit_snapshot
 from tinyvllm.errors import RequestError
-from tinyvllm.outputs import CompletionOutput, EngineStats, RequestMetrics, RequestOutput
+from tinyvllm.outputs import EngineStats, RequestOutput
 from tinyvllm.sampling_params import SamplingParams
 
 
@@ -52,6 +52,7 @@ class LLMEngine:
         self._requests: dict[str, Request] = {}
         self._detokenizers: dict[str, Any] = {}
         self._pending: list[RequestOutput] = []  # made, but not handed to anybody yet
+        self._all_emitted = True  # no running request has tokens that no output has reported yet
         self._new_tokens: list[tuple] = []  # (request_id, token id, text) not told to the listener yet
         self.num_finished = 0
 
@@ -106,7 +107,7 @@ class LLMEngine:
             request = self._requests.get(request_id)
             if request is not None:
                 request.status = RequestStatus.FINISHED_ABORTED
-                self._emit(request)
+                self._emit(request, time.perf_counter())
 
     def take_pending(self) -> list[RequestOutput]:
         """Outputs that the next step() would report, those of aborted requests above all, handed over now instead."""
@@ -191,15 +192,19 @@ class LLMEngine:
         return min(self.max_model_len, self.kv_cache_manager.pool.num_blocks * self.kv_cache_manager.block_size)
 
     def _take_in(self) -> None:
+        self._all_emitted = False
         self.pipeline.take_in()
         self._emit_new_tokens()
         self.pipeline.promote()
 
     def _emit_new_tokens(self) -> None:
-        preempted = takewhile(lambda request: request.status is not RequestStatus.WAITING, self.scheduler.waiting)
-        for request in [*self.scheduler.running, *preempted]:  # preempted while the step ran that gave it a token
-            if request.num_emitted_tokens < request.num_output_tokens:
-                self._emit(request)
+        if not self._all_emitted:
+            now = time.perf_counter()
+            preempted = takewhile(lambda request: request.status is not RequestStatus.WAITING, self.scheduler.waiting)
+            for request in [*self.scheduler.running, *preempted]:  # preempted while the step ran that gave it a token
+                if request.num_prompt_tokens + request.num_emitted_tokens < len(request.token_ids):
+                    self._emit(request, now)
+            self._all_emitted = True
         self._tell_new_tokens()
 
     def _tell_new_tokens(self) -> None:
@@ -209,31 +214,26 @@ class LLMEngine:
             if self.events is not None:
                 self.events.emit("tokens", None, tuple(tokens))
 
-    def _emit(self, request: Request) -> None:
+    def _emit(self, request: Request, now: float) -> None:
         """Make an output of a request's state; if it has ended, let go of everything that belongs to it."""
-        now = time.perf_counter()
         metrics = request.metrics
-        if metrics.first_token_time is None and request.num_output_tokens:
+        first_new = request.num_prompt_tokens + request.num_emitted_tokens
+        num_new = len(request.token_ids) - first_new
+        if metrics.first_token_time is None and num_new:
             metrics.first_token_time = now
-        num_prompt, num_tokens = request.num_prompt_tokens, request.num_tokens
-        new_ids = request.token_ids[num_prompt + request.num_emitted_tokens:]
-        detokenizer = self._detokenizers.get(request.request_id)
-        new_text = "" if detokenizer is None else self._new_text(request, detokenizer, new_ids)
-        request.num_emitted_tokens = num_tokens - num_prompt
-        request.token_times += [now] * len(new_ids)
+        detokenizer = self._detokenizers.get(request.request_id) if self._detokenizers else None
+        new_text = "" if detokenizer is None else self._new_text(request, detokenizer, request.token_ids[first_new:])
+        metrics.num_output_tokens = request.num_emitted_tokens = request.num_emitted_tokens + num_new
+        request.token_times += [now] * num_new
         if self.events is not None:
-            for i, token_id in enumerate(new_ids, start=1):
-                self._new_tokens.append((request.request_id, token_id, new_text if i == len(new_ids) else ""))
-        metrics.num_cached_tokens = max(0, request.num_cached_tokens)
-        if request.status.is_finished:
+            for i, token_id in enumerate(request.token_ids[first_new:], start=1):
+                self._new_tokens.append((request.request_id, token_id, new_text if i == num_new else ""))
+        is_finished = request.status.is_finished
+        if is_finished:
             metrics.finished_time = now
             self._forget(request)
         text = "" if detokenizer is None else detokenizer.text
-        completion = CompletionOutput(0, text, (request.token_ids, num_prompt, num_tokens), request.finish_reason,
-                                      request.stop_reason, new_text)
-        self._pending.append(RequestOutput(
-            request.request_id, request.prompt, (request.token_ids, 0, num_prompt), [completion],
-            request.status.is_finished, RequestMetrics(**vars(metrics)), metrics.num_cached_tokens))
+        self._pending.append(RequestOutput.after_step(request, is_finished, text, new_text))
 
     @staticmethod
     def _new_text(request: Request, detokenizer: Any, new_ids: list[int]) -> str:

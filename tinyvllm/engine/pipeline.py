@@ -42,7 +42,7 @@ class UnderWay:
 
     def is_wanted(self) -> bool:
         """Whether somebody still needs its tokens."""
-        return any(not scheduled.request.status.is_finished for scheduled in self.batch.scheduled)
+        return any(not request.status.is_finished for request in self.batch.requests)
 
 
 class Pipeline:
@@ -68,12 +68,8 @@ class Pipeline:
         if self.events is not None:
             self.events.step = number  # the step that this scheduling belongs to
         batch = self.scheduler.schedule()
-        if not batch.scheduled:
+        if not batch.requests:
             return
-        now = time.perf_counter()
-        for scheduled in batch.scheduled:
-            if scheduled.request.metrics.first_scheduled_time is None:
-                scheduled.request.metrics.first_scheduled_time = now
         step = UnderWay(number, batch, lambda: self.runner.execute(batch))
         if not self.steps:
             self._tell_begun(step)
@@ -137,13 +133,18 @@ class Pipeline:
         if self.events is not None:
             self.events.emit("step_ended", None, time.perf_counter_ns() - step.begun_ns)
         self.num_steps += 1
+        batch = step.batch
+        if batch.is_continued and batch.requests == self.scheduler.running:  # nobody has ended, and no prompt is left
+            self.last_step_tokens = len(batch.requests)
+            self.num_output_tokens += len(batch.requests)
+            return
         self.last_step_tokens = 0
-        for scheduled in step.batch.scheduled:
-            request = scheduled.request
+        columns = batch.requests, batch.starts.tolist(), batch.counts.tolist(), batch.samples.tolist()
+        for request, start, count, sample in zip(*columns):
             if request.status.is_finished:  # while it ran
                 continue
-            self.last_step_tokens += scheduled.num_scheduled_tokens
-            prompt_left = request.num_prompt_tokens - scheduled.start
+            self.last_step_tokens += count
+            prompt_left = request.num_prompt_tokens - start
             if prompt_left > 0:
-                self.num_prompt_tokens += min(prompt_left, scheduled.num_scheduled_tokens)
-            self.num_output_tokens += scheduled.sample
+                self.num_prompt_tokens += min(prompt_left, count)
+            self.num_output_tokens += sample

@@ -57,6 +57,7 @@ class Request:
             self.max_len = min(max_len, self.num_prompt_tokens + params.max_tokens)
         self.stop_ids = frozenset(params.stop_token_ids)
         self.eos_ids = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
+        self.end_ids = self.eos_ids | self.stop_ids
         self.status = RequestStatus.WAITING
         self.stop_reason: int | str | None = None
         self.num_emitted_tokens = 0  # output tokens that an output has reported
@@ -85,14 +86,12 @@ class Request:
 
         A stop or end-of-sequence id counts also when it is the very first token after the prompt.
         """
-        self.token_ids.append(token_id)
-        self.metrics.num_output_tokens += 1
-        if token_id in self.eos_ids:
+        token_ids = self.token_ids
+        token_ids.append(token_id)
+        if token_id in self.end_ids:
             self.status = RequestStatus.FINISHED_STOPPED
-        elif token_id in self.stop_ids:
-            self.status = RequestStatus.FINISHED_STOPPED
-            self.stop_reason = token_id
-        elif len(self.token_ids) >= self.max_len:
+            self.stop_reason = None if token_id in self.eos_ids else token_id
+        elif len(token_ids) >= self.max_len:
             self.status = RequestStatus.FINISHED_LENGTH_CAPPED
 
     def __repr__(self) -> str:

@@ -9,8 +9,13 @@ When a running request finds no free block, the one admitted last gives all of i
 of the queue; its tokens are recomputed later (and its finished prefix blocks may well still be cached).
 """
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice, repeat
+
+import numpy as np
 
 from tinyvllm.engine.events import EventLog
 from tinyvllm.engine.kv_cache_manager import KVCacheManager
@@ -26,17 +31,32 @@ class ScheduledRequest:
     start: int  # position of the first of them: num_computed_tokens before the step
     block_ids: list[int]
     sample: bool  # the last of them is the request's last token: its logits choose the next one
-    taken_in: bool = False  # by update
 
 
-@dataclass
+@dataclass(eq=False)
 class SchedulerOutput:
-    """One step's batch. Requests with a single token to compute come first (num_decodes of them)."""
+    """One step's batch, column by column: row i of each is one request's share. Requests with a single token to compute
+    come first (num_decodes of them). The columns of a step are never changed, and steps may share them.
+    """
 
-    scheduled: list[ScheduledRequest] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    starts: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # position of the first token computed
+    counts: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # how many are
+    samples: np.ndarray = field(default_factory=lambda: np.empty(0, bool))  # see ScheduledRequest.sample
+    block_ids: list[list[int]] = field(default_factory=list)  # the manager's own lists, which grow
     num_decodes: int = 0
+    num_samples: int = 0
     total_num_scheduled_tokens: int = 0
     preempted: list[Request] = field(default_factory=list)
+    is_continued: bool = False  # every row computes what the same row of the step before, still under way, samples
+    room: int = 0  # tokens that every request may still get after the one that it gets in this step
+    num_taken_in: int = 0  # rows, by Scheduler.update
+
+    @cached_property
+    def scheduled(self) -> list[ScheduledRequest]:
+        """The same row by row, for who looks at single ones."""
+        return list(map(ScheduledRequest, self.requests, self.counts.tolist(), self.starts.tolist(), self.block_ids,
+                        self.samples.tolist()))
 
 
 class Scheduler:
@@ -59,6 +79,7 @@ class Scheduler:
         self.use_kv_cache = use_kv_cache
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
+        self._last: SchedulerOutput | None = None  # what was scheduled last, if the next step may have the same rows
         self._batch_left = 0  # policy "static": so many of the waiting ones still belong to the batch
         self.num_preemptions = 0
 
@@ -73,9 +94,27 @@ class Scheduler:
 
         A step may still be under way (see `advance`): what it samples counts as tokens that are there.
         """
+        return self._same_rows_again() or self._hand_out()
+
+    def _same_rows_again(self) -> SchedulerOutput | None:
+        """What `_hand_out` would come to where everybody who runs was in the step before, got a token there and goes on
+        for another one, and nobody can join them: most steps. None where that is not so."""
+        last, count, block_size = self._last, len(self.running), self.kv_cache_manager.block_size
+        if (last is None or last.room < 1 or last.requests != self.running or count > self.max_num_batched_tokens
+                or self.waiting and count < self.max_num_seqs):
+            return None
+        starts = last.starts + np.int32(1)
+        for row in (starts % block_size == 0).nonzero()[0].tolist():
+            if self.kv_cache_manager.allocate_slots(self.running[row], 1) is None:
+                return None  # somebody has to give way
+        return SchedulerOutput(last.requests, starts, last.counts, last.samples, last.block_ids, count, count, count,
+                               is_continued=last.num_taken_in == 0, room=last.room - 1)
+
+    def _hand_out(self) -> SchedulerOutput:
         output = SchedulerOutput()
         shares: list[tuple[Request, int]] = []  # in order of admission
         budget = self.max_num_batched_tokens
+        manager, block_ids = self.kv_cache_manager, self.kv_cache_manager.req_to_block_ids
 
         index = 0
         while index < len(self.running) and budget > 0:
@@ -90,7 +129,8 @@ class Scheduler:
                 num_new = 1
             if num_new > budget:
                 num_new = budget
-            while self.kv_cache_manager.allocate_slots(request, num_new) is None:
+            held = len(block_ids[request.request_id]) * manager.block_size
+            while request.num_computed_tokens + num_new > held and manager.allocate_slots(request, num_new) is None:
                 victim = self.running.pop()  # admitted last; not scheduled yet, since we walk in order of admission
                 self._preempt(victim, output)
                 if victim is request:
@@ -108,22 +148,23 @@ class Scheduler:
         while (self.waiting and budget > 0 and len(self.running) < self.max_num_seqs and not output.preempted
                and (self._batch_left > 0 or not is_static)):
             request = self.waiting[0]
-            computed_blocks = self.kv_cache_manager.get_computed_blocks(request)
-            num_cached = len(computed_blocks) * self.kv_cache_manager.block_size
+            computed_blocks = manager.get_computed_blocks(request)
+            num_cached = len(computed_blocks) * manager.block_size
             num_new = min(request.num_tokens - num_cached, budget)
             # Room for its first chunk is not enough: it would soon be preempted, and what it computed lost.
-            if self.running and not self.kv_cache_manager.has_room_for(request, computed_blocks):
+            if self.running and not manager.has_room_for(request, computed_blocks):
                 self._batch_left = 0
                 break
-            if self.kv_cache_manager.allocate_slots(request, num_new, computed_blocks) is None:
+            if manager.allocate_slots(request, num_new, computed_blocks) is None:
                 break
-            if self.kv_cache_manager.enable_caching:
-                self.kv_cache_manager.record_lookup(request.num_tokens, num_cached)
+            if manager.enable_caching:
+                manager.record_lookup(request.num_tokens, num_cached)
             self.waiting.popleft()
             request.num_computed_tokens = num_cached
             request.status = RequestStatus.RUNNING
             if request.num_cached_tokens < 0:
-                request.num_cached_tokens = num_cached
+                request.num_cached_tokens = request.metrics.num_cached_tokens = num_cached
+                request.metrics.first_scheduled_time = time.perf_counter()
             self.running.append(request)
             self._batch_left -= 1
             shares.append((request, num_new))
@@ -131,50 +172,63 @@ class Scheduler:
             if self.events is not None:
                 self.events.emit("request_scheduled", request.request_id, num_cached, request.metrics.num_preemptions)
 
-        block_ids = self.kv_cache_manager.req_to_block_ids
-        longer = []
-        for request, num_new in shares:
-            start = request.num_computed_tokens
-            share = ScheduledRequest(request, num_new, start, block_ids[request.request_id],
-                                     start + num_new == len(request.token_ids) + request.num_pending)
-            (output.scheduled if num_new == 1 else longer).append(share)
-        output.num_decodes = len(output.scheduled)
-        output.scheduled += longer
+        rows = [share for share in shares if share[1] == 1]
+        output.num_decodes = len(rows)
+        rows += [share for share in shares if share[1] != 1]
+        requests = output.requests = [request for request, _ in rows]
+        starts = [request.num_computed_tokens for request in requests]
+        missing = [len(request.token_ids) + request.num_pending - start for request, start in zip(requests, starts)]
+        output.starts, output.counts = np.array(starts, np.int32), np.array([count for _, count in rows], np.int32)
+        output.samples = output.counts == np.array(missing, np.int32)
+        output.num_samples = int(output.samples.sum())
+        output.block_ids = [block_ids[request.request_id] for request in requests]
         output.total_num_scheduled_tokens = self.max_num_batched_tokens - budget
+        output.room = min([request.max_len - start - 2 for request, start in zip(requests, starts)], default=0)
         return output
 
     def advance(self, output: SchedulerOutput) -> None:
         """Take a step as computed: it is under way, and the next one can be scheduled."""
-        for scheduled in output.scheduled:
-            scheduled.request.num_computed_tokens += scheduled.num_scheduled_tokens
-            scheduled.request.num_pending += scheduled.sample
+        self._last = None
+        for request, count, sample in zip(output.requests, output.counts.tolist(), output.samples.tolist()):
+            request.num_computed_tokens += count
+            request.num_pending += sample
+        if output.num_decodes == output.num_samples == len(output.requests) and self.use_kv_cache:
+            self._last = output
 
     def take_back(self, output: SchedulerOutput) -> None:
         """A step that was under way came to nothing: it is to be scheduled again. The latest one first."""
-        for scheduled in output.scheduled:
-            scheduled.request.num_pending -= scheduled.sample
-            if scheduled.request.status is RequestStatus.RUNNING:
-                scheduled.request.num_computed_tokens -= scheduled.num_scheduled_tokens
+        self._last = None
+        for request, count, sample in zip(output.requests, output.counts.tolist(), output.samples.tolist()):
+            request.num_pending -= sample
+            if request.status is RequestStatus.RUNNING:
+                request.num_computed_tokens -= count
 
     def update(self, output: SchedulerOutput, sampled_token_ids: dict[str, int]) -> None:
         """Take in a step that ran: publish full blocks, append tokens.
 
-        sampled_token_ids: request_id -> token, for every ScheduledRequest with `sample`. A request that has ended
-        since the step began gets none; one that was preempted since gets its token and computes it later.
+        sampled_token_ids: request_id -> token, for every request that samples. A request that has ended since the step
+        began gets none; one that was preempted since gets its token and computes it later.
         """
-        for scheduled in output.scheduled:
-            if scheduled.taken_in:  # before an interrupt from the keyboard
-                continue
-            request, scheduled.taken_in = scheduled.request, True
-            request.num_pending -= scheduled.sample
-            if request.status is RequestStatus.RUNNING:
-                self.kv_cache_manager.cache_full_blocks(request, scheduled.start + scheduled.num_scheduled_tokens)
+        last, self._last = self._last, None  # after an interrupt the rows do not stand alike any more
+        running, manager = RequestStatus.RUNNING, self.kv_cache_manager
+        publish = repeat(0)  # so many computed tokens' blocks, where one more has become full
+        if manager.enable_caching:
+            ends = output.starts + output.counts
+            publish = np.where(ends % manager.block_size < output.counts, ends, 0).tolist()
+        rows = zip(output.requests, publish, output.samples.tolist())
+        for request, num_computed, sample in islice(rows, output.num_taken_in, None):  # the rest, after an interrupt
+            output.num_taken_in += 1
+            request.num_pending -= sample
+            if request.status is running:
+                if num_computed:
+                    manager.cache_full_blocks(request, num_computed)
             elif request.status.is_finished:
                 continue
-            if scheduled.sample:
+            if sample:
                 request.append_output(sampled_token_ids[request.request_id])
                 if not self.use_kv_cache:
                     request.num_computed_tokens = 0
+        self._last = last
 
     def finish(self, request: Request, status: RequestStatus | None = None) -> None:
         """Remove a request from wherever it is and free its blocks. status: set it too, if it has not ended yet."""

@@ -12,6 +12,7 @@ All of it is int32 and lies in one buffer, so that one copy takes it to the devi
 """
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,10 +66,9 @@ class BatchBuilder:
         watch: what to keep of it, its positions on the host. decode_ids: the tokens of those that have one to compute,
         if they are to be others than the requests' own.
         """
-        num_requests, block_size = len(output.scheduled), self.block_size
-        num_tokens = sum(s.num_scheduled_tokens for s in output.scheduled)
-        num_logits = sum(s.sample for s in output.scheduled)
-        width = max(len(s.block_ids) for s in output.scheduled)
+        block_size, starts, counts, num_requests = self.block_size, output.starts, output.counts, len(output.requests)
+        sizes = np.fromiter(map(len, output.block_ids), np.int32, num_requests)  # of the block tables
+        num_tokens, num_logits, width = int(counts.sum()), int(np.count_nonzero(output.samples)), int(sizes.max())
         shapes = {"input_ids": (num_tokens,), "positions": (num_tokens,), "slot_mapping": (num_tokens,),
                   "block_tables": (num_requests, width), "seq_lens": (num_requests,),
                   "query_start_loc": (num_requests + 1,), "logits_indices": (num_logits,)}
@@ -76,30 +76,21 @@ class BatchBuilder:
             shapes["watch_positions"] = watch.positions.shape
         staging = self._staging.take()
         host, used = parts(staging.array, shapes)
-        tables = host["block_tables"]
+        tables, rows, positions = host["block_tables"], host["query_start_loc"], host["positions"]
         tables[:] = 0
-        row = logit = 0
-        for i, scheduled in enumerate(output.scheduled):
-            start, count = scheduled.start, scheduled.num_scheduled_tokens
-            stop = start + count
-            tables[i, :len(scheduled.block_ids)] = scheduled.block_ids
-            host["seq_lens"][i] = stop
-            host["query_start_loc"][i] = row
-            if count == 1:
-                host["input_ids"][row] = scheduled.request.token_ids[start] if decode_ids is None else decode_ids[i]
-                host["positions"][row] = start
-                host["slot_mapping"][row] = scheduled.block_ids[start // block_size] * block_size + start % block_size
-            else:
-                positions = np.arange(start, stop, dtype=np.int32)
-                host["input_ids"][row:row + count] = scheduled.request.token_ids[start:stop]
-                host["positions"][row:row + count] = positions
-                host["slot_mapping"][row:row + count] = (tables[i, positions // block_size] * block_size
-                                                         + positions % block_size)
-            row += count
-            if scheduled.sample:
-                host["logits_indices"][logit] = row - 1
-                logit += 1
-        host["query_start_loc"][num_requests] = row
+        tables[np.arange(width) < sizes[:, None]] = list(chain.from_iterable(output.block_ids))
+        host["seq_lens"][:] = starts + counts
+        rows[0], rows[1:] = 0, counts.cumsum()
+        host["logits_indices"][:] = rows[1:][output.samples] - 1
+        request_of = np.repeat(np.arange(num_requests), counts)  # of each token
+        positions[:] = np.arange(num_tokens) + (starts - rows[:-1])[request_of]
+        blocks = positions // block_size
+        host["slot_mapping"][:] = tables[request_of, blocks] * block_size + (positions - blocks * block_size)
+        token_ids = [] if decode_ids is None else list(decode_ids)
+        for request, start, count in zip(output.requests[len(token_ids):], starts[len(token_ids):].tolist(),
+                                         counts[len(token_ids):].tolist()):
+            token_ids += request.token_ids[start:start + count]
+        host["input_ids"][:] = token_ids
         if is_watched:
             host["watch_positions"][:] = watch.positions
 

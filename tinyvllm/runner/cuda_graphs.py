@@ -21,6 +21,7 @@ ends with argmax, any other one with a draw: neither looks at the parameters on 
 """
 
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ from tinyvllm.kernels.attention.decode import SPLIT
 from tinyvllm.kernels.cuda_support import ceil_div, cuda
 from tinyvllm.kernels.device_array import DeviceArray
 from tinyvllm.model.llama import NOT_WATCHED, Batch, Watch
+from tinyvllm.runner.block_tables import BlockTables
 from tinyvllm.runner.pinned import Pinned, PinnedPair
 from tinyvllm.runner.sampling import NUMBERS, SamplingParameters, fill, fill_positions, parameters_in
 
@@ -56,16 +58,18 @@ class DecodeGraphs:
         self.max_blocks = runner.max_blocks
         size = self.buckets[-1] * (NUMBERS + len(COLUMNS) + self._width(self.max_blocks))
         self._inputs = PinnedPair(self.stream, size)
+        self._tables = BlockTables(self.buckets[-1], self.max_blocks, self.block_size)
         self._inputs_on_device = backend.empty((size,), np.int32)
         self._indices = backend.empty((self.buckets[-1] + 1,), np.int32)
         backend.put(self._indices, 0, np.arange(self.buckets[-1] + 1, dtype=np.int32))
         self._graphs: dict[tuple[int, int, bool, bool], Any] = {}  # requests, width, greedy, watched
         self._kept_in: tuple | None = None  # the memory that graphs of watched steps were captured for
+        self._requests: list | None = None  # of the step that was begun last, and whether none of them draws
+        self._greedy = True
         self.last_graph = None  # that was replayed, for measurements
 
     def can_run(self, output: SchedulerOutput) -> bool:
-        return 0 < output.num_decodes == len(output.scheduled) <= self.buckets[-1] and all(
-            scheduled.sample for scheduled in output.scheduled)
+        return 0 < output.num_decodes == output.num_samples == len(output.requests) <= self.buckets[-1]
 
     def begin(self, output: SchedulerOutput, watch: Watch = NOT_WATCHED) -> Callable[[], list[int]]:
         """Start the step; returns what waits for it and gives a token for each of output.scheduled.
@@ -73,15 +77,16 @@ class DecodeGraphs:
         watch: what to keep of the step, its positions on the host.
         """
         cuda.current_context()
-        scheduled = output.scheduled
-        count = len(scheduled)
-        bucket = next(bucket for bucket in self.buckets if bucket >= count)
-        width = self._width(max(len(s.block_ids) for s in scheduled))
-        greedy = not any(s.request.params.temperature for s in scheduled)
-        watched = self._prepare_to_keep(watch)
+        count = len(output.requests)
+        bucket = self.buckets[bisect_left(self.buckets, count)]
+        width = self._width(int(output.starts.max()) // self.block_size + 1)
+        if output.requests is not self._requests:
+            self._greedy = not any(request.params.temperature for request in output.requests)
+            self._requests = output.requests
+        greedy, watched = self._greedy, self._prepare_to_keep(watch)
         inputs = self._inputs.take()
-        used = self._fill(inputs, scheduled, watch, bucket, width, greedy)
-        self.stream.copy_to_device(self._inputs_on_device.address, inputs.array.ctypes.data, 4 * used)
+        used = self._fill(inputs, output, watch, bucket, width, greedy)
+        self.stream.copy_to_device(self._inputs_on_device.address, inputs.address, 4 * used)
         inputs.copying()
 
         key = bucket, width, greedy, watched
@@ -116,52 +121,40 @@ class DecodeGraphs:
             self._graphs = {key: graph for key, graph in self._graphs.items() if not key[3]}
         return True
 
-    def _fill(self, inputs: Pinned, scheduled: list, watch: Watch, bucket: int, width: int, greedy: bool) -> int:
+    def _fill(self, inputs: Pinned, output: SchedulerOutput, watch: Watch, bucket: int, width: int,
+              greedy: bool) -> int:
         """Write the step's inputs into a pinned buffer; returns how many numbers.
 
-        Of the buffer: shape is the pair of buckets that it is laid out for, rows are (whose block table a row holds, of
-        how many blocks), requests are whose sampling parameters it holds.
+        Of the buffer: shape is the pair of buckets that it is laid out for, parts are its arrays then, requests are
+        whose sampling parameters it holds.
         """
-        count, block_size = len(scheduled), self.block_size
-        first_column = NUMBERS * bucket
-        first_table = first_column + len(COLUMNS) * bucket
-        columns = inputs.array[first_column:first_table].reshape(len(COLUMNS), bucket)
-        tables = inputs.array[first_table:first_table + bucket * width].reshape(bucket, width)
+        count, starts = len(output.requests), output.starts
+        first_table = (NUMBERS + len(COLUMNS)) * bucket
         if inputs.shape != (bucket, width):
-            inputs.shape, inputs.rows, inputs.requests = (bucket, width), [], []
+            columns = inputs.array[NUMBERS * bucket:first_table].reshape(len(COLUMNS), bucket)
+            tables = inputs.array[first_table:first_table + bucket * width].reshape(bucket, width)
             columns[:] = 0
-            tables[:] = 0
-        starts = [s.start for s in scheduled]
-        columns[0, :count] = self.runner.input_ids(scheduled)
+            tables[:] = 0  # also where no table reaches: whatever is read of them is a block
+            inputs.parts, inputs.requests = (columns, tables, parameters_in(inputs.array, bucket)), []
+            inputs.shape = bucket, width
+        columns, tables, parameters = inputs.parts
+        next_starts = starts + np.int32(1)
+        columns[0, :count] = self.runner.input_ids(output)
         columns[1, :count] = starts
-        columns[2, :count] = [s.block_ids[start // block_size] * block_size + start % block_size
-                              for s, start in zip(scheduled, starts)]
-        columns[3, :count] = columns[1, :count] + 1
+        columns[2, :count] = self._tables.slots(output.block_ids, starts)
+        columns[3, :count] = next_starts
         columns[2, count:], columns[3, count:] = -1, 0  # rows that are not there: no slot, no context
         if watch.positions.shape[0]:
             columns[4, :count], columns[4, count:] = watch.positions, -1
         if not greedy:
-            parameters, requests = parameters_in(inputs.array, bucket), [s.request for s in scheduled]
-            if requests == inputs.requests:
-                fill_positions(parameters, scheduled)
+            if output.requests == inputs.requests:
+                fill_positions(parameters, next_starts)
             else:
                 inputs.requests = []
-                fill(parameters, scheduled)
-                inputs.requests = requests
-        rows = inputs.rows
-        for i, s in enumerate(scheduled):  # a table only grows, in its own list: most are what they were a step ago
-            blocks = s.block_ids
-            if i < len(rows) and rows[i][0] is blocks:
-                known = rows[i][1]
-                if known != len(blocks):
-                    tables[i, known:len(blocks)] = blocks[known:]
-                    rows[i] = blocks, len(blocks)
-                continue
-            tables[i, :len(blocks)] = blocks
-            if i < len(rows):
-                rows[i] = blocks, len(blocks)
-            else:
-                rows.append((blocks, len(blocks)))
+                fill(parameters, output.requests, next_starts)
+                inputs.requests = output.requests
+        filled = min(width, self._tables.array.shape[1])
+        tables[:count, :filled] = self._tables.array[:count, :filled]
         return first_table + count * width
 
     def _batch(self, bucket: int, width: int, watch: Watch) -> Batch:

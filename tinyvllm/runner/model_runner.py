@@ -1,10 +1,11 @@
 """Runs one scheduled step on a backend: build the batch, forward, sample. Only sampled token ids come back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tinyvllm.engine.scheduler import ScheduledRequest, SchedulerOutput
+from tinyvllm.engine.request import Request
+from tinyvllm.engine.scheduler import SchedulerOutput
 from tinyvllm.model.config import ModelConfig
 from tinyvllm.model.llama import NOT_WATCHED, Buffers, Dims, KVCache, Watch, Weights
 from tinyvllm.runner.backend import Backend
@@ -43,6 +44,7 @@ class ModelRunner:
         # (engine/pipeline.py).
         self.runs_ahead = getattr(backend, "fused", None) is not None
         self._sampled: list = []  # the requests of the step that was begun last, as their rows in token_ids
+        self._rows_before = -1 - np.arange(max_num_seqs, dtype=np.int32)  # input_ids of the same rows once more
         self._num_begun = 0
         self.eager = False  # launch the operations of model/llama.py one by one, also where there is a faster way
         self._graphs = backend.decode_graphs(self) if hasattr(backend, "decode_graphs") else None
@@ -68,7 +70,7 @@ class ModelRunner:
         watch, number = self.watch, self._num_begun
         keep = NOT_WATCHED if watch is None else watch.enter(output)
         watched = None if watch is None else (watch.request, watch.step)
-        requests = [scheduled.request for scheduled in output.scheduled if scheduled.sample]
+        requests = sampling_requests(output)
         looked_at = self.eager or self.profiler is not None
         if self._graphs is not None and not looked_at and self._graphs.can_run(output):
             finish = self._graphs.begin(output, keep)
@@ -86,26 +88,25 @@ class ModelRunner:
 
         return wait
 
-    def input_ids(self, scheduled: list[ScheduledRequest]) -> list[int]:
-        """The token that each of these has to compute, of those with one; -1 - row for one that only the device knows:
+    def input_ids(self, output: SchedulerOutput) -> Sequence[int]:
+        """The token that each request with one to compute has to compute; -1 - row for one that only the device knows:
         the step that was begun last has sampled it in that row."""
+        if output.is_continued and output.requests is self._sampled:  # nearly always
+            return self._rows_before[:output.num_decodes]
         rows: dict[str, int] | None = None
         ids = []
-        for i, s in enumerate(scheduled):
-            token_ids, start = s.request.token_ids, s.start
-            if start < len(token_ids):
-                ids.append(token_ids[start])
-            elif i < len(self._sampled) and self._sampled[i] is s.request:  # nearly always: the same batch again
-                ids.append(-1 - i)
+        for request, start in zip(output.requests[:output.num_decodes], output.starts.tolist()):
+            if start < len(request.token_ids):
+                ids.append(request.token_ids[start])
             else:
                 if rows is None:
                     rows = {request.request_id: row for row, request in enumerate(self._sampled)}
-                ids.append(-1 - rows[s.request.request_id])
+                ids.append(-1 - rows[request.request_id])
         return ids
 
     def _launch(self, output: SchedulerOutput, keep: Watch) -> Callable[[], list[int]]:
         """Start a step that is not replayed; returns what waits for what it samples, row by row."""
-        ids = self.input_ids(output.scheduled[:output.num_decodes])
+        ids = self.input_ids(output)
         batch = self.builder.build(output, keep, ids)
         if min(ids, default=0) < 0:
             self.backend.take_sampled(batch.input_ids, self.token_ids)
@@ -113,8 +114,9 @@ class ModelRunner:
         compute = self.backend if profiler is None else profiler
         forward = getattr(self.backend, "eager_forward", compute.forward) if self.eager else compute.forward
         forward(self.weights, self.kv_cache, batch, self.buffers, self.dims)
-        sampled = [scheduled for scheduled in output.scheduled if scheduled.sample]
-        download = self._download(self.sample(sampled, compute)) if sampled else None
+        sampled = sampling_requests(output)
+        positions = (output.starts + output.counts)[output.samples]
+        download = self._download(self.sample(sampled, positions, compute)) if sampled else None
 
         def wait() -> list[int]:
             tokens = download().tolist() if sampled else []
@@ -129,16 +131,25 @@ class ModelRunner:
             return self.backend.download_later(token_ids)
         return lambda: self.backend.download(token_ids)
 
-    def sample(self, sampled: list[ScheduledRequest], compute=None):
-        """The next tokens of requests whose logits are the first rows of the buffer, on the device."""
+    def sample(self, sampled: list[Request], positions: np.ndarray, compute=None):
+        """The next tokens of requests whose logits are the first rows of the buffer, on the device.
+
+        positions: those that the tokens will have."""
         compute = self.backend if compute is None else compute
         num = len(sampled)
         token_ids, logits = self.token_ids[:num], self.buffers.logits[:num]
-        if all(scheduled.request.params.temperature == 0 for scheduled in sampled):
+        if all(request.params.temperature == 0 for request in sampled):
             compute.argmax(token_ids, logits)
             return token_ids
-        compute.sample(token_ids, logits, *self._sampling.put(sampled))
+        compute.sample(token_ids, logits, *self._sampling.put(sampled, positions))
         return token_ids
+
+
+def sampling_requests(output: SchedulerOutput) -> list[Request]:
+    """Those that get a token in a step, in its order."""
+    if output.num_samples == len(output.requests):
+        return output.requests
+    return [request for request, sample in zip(output.requests, output.samples.tolist()) if sample]
 
 
 def buffer_shapes(config: ModelConfig, max_num_seqs: int, max_num_batched_tokens: int) -> dict[str, tuple[int, int]]:

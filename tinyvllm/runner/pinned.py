@@ -10,13 +10,15 @@ from tinyvllm.kernels.driver import Event, Stream, pinned_buffer
 
 
 class Pinned:
-    """One of the buffers. array: int32, on the host; shape, rows, requests: for whoever fills it to remember how."""
+    """One of the buffers. array: int32, on the host, at `address`; shape, parts, requests: for whoever fills it to
+    remember how."""
 
     def __init__(self, stream: Stream, count: int):
         self._stream, self._event, self._in_use = stream, Event(), False
         self.array = np.frombuffer(pinned_buffer(4 * count, self._event), np.int32)
+        self.address = self.array.ctypes.data
         self.shape: tuple[int, ...] = ()
-        self.rows: list = []
+        self.parts: tuple = ()
         self.requests: list = []
 
     def copying(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinyvllm.engine.scheduler import ScheduledRequest
+from tinyvllm.engine.request import Request
 from tinyvllm.kernels.device_array import DeviceArray
 from tinyvllm.runner.backend import Backend
 from tinyvllm.runner.pinned import PinnedPair
@@ -43,20 +43,21 @@ def parameters_in(buffer: Any, num_rows: int) -> SamplingParameters:
     return SamplingParameters(*found)
 
 
-def fill(parameters: SamplingParameters, sampled: list[ScheduledRequest]) -> None:
-    """What the requests ask for. Rows beyond theirs choose the most likely token, which costs least."""
-    count, requests = len(sampled), [scheduled.request for scheduled in sampled]
+def fill(parameters: SamplingParameters, requests: list[Request], positions: np.ndarray) -> None:
+    """What the requests ask for; positions: those of the sampled tokens. Rows beyond theirs choose the most likely
+    token, which costs least."""
+    count = len(requests)
     parameters.temperature[:count] = [request.params.temperature for request in requests]
     parameters.temperature[count:] = 0
     parameters.top_k[:count] = [request.params.top_k for request in requests]
     parameters.top_p[:count] = [request.params.top_p for request in requests]
     parameters.seed[:count] = np.array([request.seed for request in requests], np.uint64)
-    fill_positions(parameters, sampled)
+    fill_positions(parameters, positions)
 
 
-def fill_positions(parameters: SamplingParameters, sampled: list[ScheduledRequest]) -> None:
+def fill_positions(parameters: SamplingParameters, positions: np.ndarray) -> None:
     """All that changes from step to step of the same requests."""
-    parameters.position[:len(sampled)] = [scheduled.start + scheduled.num_scheduled_tokens for scheduled in sampled]
+    parameters.position[:len(positions)] = positions
 
 
 class SamplingInputs:
@@ -72,17 +73,17 @@ class SamplingInputs:
             self._host = np.zeros(self._count, np.int32)
             self._device = SamplingParameters(*(backend.empty((max_num_seqs,), dtype) for dtype in DTYPES))
 
-    def put(self, sampled: list[ScheduledRequest]) -> SamplingParameters:
-        """On the device."""
-        count = len(sampled)
+    def put(self, requests: list[Request], positions: np.ndarray) -> SamplingParameters:
+        """On the device; arguments as of `fill`."""
+        count = len(requests)
         if self._fused is None:
             host = parameters_in(self._host, count)
-            fill(host, sampled)
+            fill(host, requests, positions)
             return SamplingParameters(*map(self._backend.upload, self._device, host))
         if self._pinned is None:
             self._pinned = PinnedPair(self._fused.stream, self._count)
         pinned = self._pinned.take()
-        fill(parameters_in(pinned.array, count), sampled)
+        fill(parameters_in(pinned.array, count), requests, positions)
         device = self._backend.upload(self._device, pinned.array[:NUMBERS * count])
         pinned.copying()
         return parameters_in(device, count)
