@@ -3,8 +3,11 @@
     python -m tests.feed_share                              # the embedded model on the CPU, 8 requests
     python -m tests.feed_share --model FOLDER --device cuda --requests 64
 
-In turn, round by round: nobody listens; the feed reads the events; six panels' topics are computed and packed, at the
-rate at which a page would be sent them. `tests.browser.feed_budget` measures the whole of it, page included.
+In turn, round by round: nobody listens; the feed reads the events; six panels' topics are computed and packed. The feed
+is the real one, with its thread, its pace and its pauses; its messages go to a page that acknowledges what it is asked
+to, and draws nothing. `tests.browser.feed_budget` measures the whole of it, page included.
+
+tick_ms is the processor time of a tick; frames_per_s are those that left; age_p95_ms is how old their events were then.
 """
 
 import argparse
@@ -15,19 +18,62 @@ import statistics
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from tests.feed_stand_ins import Page
 from tinyvllm import LLM, LiveEngine, SamplingParams
 from tinyvllm.bench.environment import describe_environment
-from widgets.feed import FRAMES_PER_SECOND, Feed
-from widgets.pace import Pace
+from tinyvllm.engine.events import Event
+from widgets.clock import SAMPLES
+from widgets.feed import Feed
+from widgets.frames import Packer
 
 TOPICS = {"control": {}, "timeline": {}, "blocks": {}, "race": {"shown": 12}, "attention": {}, "step_anatomy": {}}
 PHASES = ("nobody listens", "feed reads", "six topics")
 
 
+class Acknowledging(Page):
+    """A page that keeps nothing of a frame but its number."""
+
+    asked: int | None = None  # the newest frame that asked to be acknowledged
+
+    def send(self, content: dict, buffers: Any = None) -> None:
+        if content.get("ack"):
+            self.asked = content["n"]
+
+    def acknowledge(self) -> None:
+        number, self.asked = self.asked, None
+        if number is not None:
+            self.say({"op": "ack", "n": number, "drawn": time.time() * 1e3})
+
+
+class MeasuredFeed(Feed):
+    """A feed that begins with what comes now, and takes down what its ticks cost."""
+
+    def __init__(self, live: LiveEngine):
+        super().__init__(live, hub=Acknowledging(), start=False)
+        self._reader._next_seq = live.events.next_seq
+        self.forget_figures()
+        self._pump_thread.start()
+
+    def forget_figures(self) -> None:
+        self.cpu_s, self.ticks, self.sent, self.ages_ms = 0.0, 0, 0, []
+
+    def tick(self) -> None:
+        before = time.thread_time()
+        super().tick()
+        self.cpu_s += time.thread_time() - before
+        self.ticks += 1
+
+    def _send_frame(self, topics: dict, live: dict, packer: Packer, events: list[Event]) -> None:
+        super()._send_frame(topics, live, packer, events)
+        now = time.perf_counter_ns()
+        self.ages_ms += [(now - event.t_ns) / 1e6 for event in events[::max(1, len(events) // SAMPLES)]]
+        self.sent += 1
+
+
 class Bench:
-    """A LiveEngine that is kept busy, and a feed whose frames go nowhere."""
+    """A LiveEngine that is kept busy."""
 
     def __init__(self, model: str, device: str, requests: int, output_tokens: int):
         self.llm = LLM(model, device=device, max_num_seqs=requests, use_tqdm=False, skip_tokenizer_init=model != "demo")
@@ -43,8 +89,7 @@ class Bench:
         self.live.on_output(lambda output: self.add() if output.finished else None)
         for _ in range(requests):
             self.add()
-        self.feed = Feed(self.live, hub=Page(), start=False)
-        self.page = self.feed.hub
+        self.trouble: list[BaseException] = []
 
     def add(self) -> None:
         count = self.llm.model_config.vocab_size - 300
@@ -52,36 +97,41 @@ class Bench:
                       SamplingParams(temperature=0, max_tokens=self.output_tokens, ignore_eos=True))
 
     def phase(self, name: str, seconds: float) -> dict[str, float]:
-        if name == "nobody listens":
-            self.live.between_steps(lambda llm: llm.engine.listen(None)).result()
-        else:
+        self.live.between_steps(lambda llm: llm.engine.listen(None)).result()
+        feed = None
+        if name != "nobody listens":
+            feed = MeasuredFeed(self.live)
             self.live.tell_again()
         if name == "six topics":
             for topic, params in TOPICS.items():
-                self.page.ready(topic, view=topic, **params)
-            self.feed.tick()
-        time.sleep(0.2)
+                feed.hub.ready(topic, view=topic, **params)
+        wait(0.5, feed)
         self.begins.clear()
-        cpu = ticks = 0
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            time.sleep(Pace(FRAMES_PER_SECOND).interval_s(len(TOPICS) if name == "six topics" else 0))
-            if name != "nobody listens":
-                before = time.thread_time()
-                self.feed.tick()
-                cpu += time.thread_time() - before
-                ticks += 1
-                if self.page.frames:
-                    self.page.say({"op": "ack", "n": self.page.frames[-1]["n"], "drawn": time.time() * 1e3})
-                    self.page.frames.clear()
+        if feed:
+            feed.forget_figures()
+        wait(seconds, feed)
         seen = list(self.begins)
-        for topic in TOPICS:
-            self.page.say({"op": "gone", "view": topic})
+        found = {"tick_ms": 0.0, "ticks_per_s": 0.0, "frames_per_s": 0.0, "age_p95_ms": 0.0}
+        if feed:
+            feed.close()
+            self.trouble += [feed.error] if feed.error else []
+            ages = sorted(feed.ages_ms)
+            found = {"tick_ms": 1e3 * feed.cpu_s / max(1, feed.ticks), "ticks_per_s": feed.ticks / seconds,
+                     "frames_per_s": feed.sent / seconds, "age_p95_ms": ages[int(0.95 * len(ages))] if ages else 0.0}
         steps = sorted((b - a) / 1e6 for a, b in zip(seen, seen[1:]))
         if not steps:  # kernels were being compiled
             return self.phase(name, seconds)
         return {"steps": len(steps), "mean_ms": statistics.fmean(steps), "median_ms": statistics.median(steps),
-                "p99_ms": steps[int(0.99 * len(steps))], "tick_ms": 1e3 * cpu / ticks if ticks else 0.0}
+                "p99_ms": steps[int(0.99 * len(steps))], **found}
+
+
+def wait(seconds: float, feed: Feed | None) -> None:
+    """Let things run; the page draws a frame within 0.1 seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.1)
+        if feed:
+            feed.hub.acknowledge()
 
 
 def main() -> None:
@@ -109,7 +159,7 @@ def main() -> None:
             found[name][key.replace("_ms", "_ratio")] = statistics.median(
                 r[key] / base[key] for r, base in zip(rounds, taken["nobody listens"]))
         print(f"{name:16} " + "  ".join(f"{key} {value:.3f}" for key, value in found[name].items()), flush=True)
-    print("trouble:", bench.feed.error, bench.live.error, f"{threading.active_count()} threads")
+    print("trouble:", bench.trouble or None, bench.live.error, f"{threading.active_count()} threads")
     if options.json:
         options.json.write_text(json.dumps({"environment": describe_environment("numba-cuda"), **vars(options),
                                             "json": None, "phases": found}, indent=1, default=str) + "\n")

@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+import widgets.pump as pump_module
 from tests.feed_stand_ins import Page, SteppedFeed, SteppedSource
 from tests.toy import VOCAB
 from tinyvllm import SamplingParams
@@ -17,6 +18,7 @@ from widgets.answers.base import ANSWERS, answers
 from widgets.attention_record import SIDE, AttentionRecord
 from widgets.feed import Feed
 from widgets.pace import FRAMES_OF_MANY, MANY_TOPICS, SHARE, SLOWEST_S, Pace, Switches, switches
+from widgets.pump import PATIENCE_S, PAUSE_S, PIECE_S, SHORT_PAUSE_S
 
 TOPICS = ("control", "timeline", "blocks", "race", "attention", "step_anatomy")
 
@@ -193,6 +195,84 @@ def test_only_an_engine_at_full_speed_that_is_shown_makes_switches_quick(make_ll
         until(lambda: sys.getswitchinterval() == pytest.approx(Switches.QUICK_S))
         feed.close()
         assert sys.getswitchinterval() == pytest.approx(before) and not switches._wanted_by
+
+
+class Clock:
+    """The time module, for a thread that works when the test says so."""
+
+    def __init__(self):
+        self.worked = self.now = 0.0
+        self.pauses: list[float] = []
+
+    def thread_time(self) -> float:
+        return self.worked
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+
+    def work(self, seconds: float) -> None:
+        self.worked += seconds
+        self.now += seconds
+
+
+@pytest.fixture
+def pump_and_clock(monkeypatch):
+    """A pump whose thread is the test's, of an engine that runs; and its clock."""
+    clock, source = Clock(), SteppedSource()
+    monkeypatch.setattr(pump_module, "time", clock)
+    source.engine.add_request([1, 2, 3], greedy(9))
+    pump = SteppedFeed(source)._pump_thread
+    pump._thread = threading.current_thread()
+    return pump, clock
+
+
+def test_a_frame_pauses_after_every_piece_and_for_less_when_its_news_are_getting_old(pump_and_clock):
+    pump, clock = pump_and_clock
+
+    def tick():
+        for _ in range(100):
+            clock.work(PIECE_S / 4)
+            pump.breathe()
+
+    pump._feed.tick = tick
+    pump._frame()
+    assert 20 <= len(clock.pauses) <= 25  # 100 / 4, some less for what is left of a piece
+    assert set(clock.pauses) == {PAUSE_S}
+    clock.pauses.clear()
+    pump._feed.tick = lambda: [tick() for _ in range(10)]
+    pump._frame()
+    assert clock.pauses == sorted(clock.pauses, reverse=True) and set(clock.pauses) == {PAUSE_S, SHORT_PAUSE_S}
+    assert clock.pauses.count(PAUSE_S) == pytest.approx(PATIENCE_S / PAUSE_S, abs=1)
+    for who in (lambda: setattr(pump, "_thread", None), lambda: pump._feed.source.engine.abort("0")):
+        clock.pauses.clear()
+        who()
+        while pump._feed.source.state == "running" and pump._thread is not None:
+            pump._feed.source.engine.step()
+        tick()
+        assert not clock.pauses  # in another's thread; while no engine runs
+        pump._thread = threading.current_thread()
+
+
+def test_the_reading_of_events_makes_no_frames_rarer(pump_and_clock):
+    pump, clock = pump_and_clock
+
+    def tick():
+        clock.work(0.011)
+        pump._feed.stats.read_s += 0.010
+
+    pump._feed.tick = tick
+    for _ in range(60):
+        pump._frame()
+    assert pump.pace.cost_s == pytest.approx(0.001, rel=0.01) and pump._feed.stats.pump_s == pytest.approx(0.66)
+    del pump._feed.tick
+    before = pump._feed.stats.read_s
+    pump._feed.source.engine.step()
+    pump._feed.tick()
+    assert pump._feed.stats.read_s > before
 
 
 # ---- whose thread does what ----

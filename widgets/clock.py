@@ -15,7 +15,7 @@ SAMPLES = 8  # events of a frame whose latency is taken
 @dataclass
 class FeedStats:
     """Counters since the feed began. latency_ms: from an event to its drawing, the newest 4,000 samples.
-    pump_s: processor time of the pump's thread."""
+    pump_s: processor time of the pump's thread; read_s: what of it went into reading and applying events."""
 
     frames: int = 0
     bytes: int = 0
@@ -23,6 +23,7 @@ class FeedStats:
     gaps: int = 0
     messages_in: int = 0
     pump_s: float = 0.0
+    read_s: float = 0.0
     latency_ms: deque = field(default_factory=lambda: deque(maxlen=4000))
 
     def latency(self, quantile: float) -> float | None:

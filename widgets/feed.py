@@ -11,9 +11,11 @@ again. The pump never touches the engine: it reads the log, and asks by `between
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
+
+import numpy as np
 
 from tinyvllm.engine.events import Event
 from tinyvllm.engine.state import EngineState
@@ -128,6 +130,10 @@ class Feed:
         """A time of an event in the page's unit: milliseconds since the feed's origin."""
         return self._reader.ms(t_ns)
 
+    def all_ms(self, times_ns: Sequence[int | None]) -> np.ndarray:
+        """The same of many times: float64, NaN for None."""
+        return self._reader.all_ms(times_ns)
+
     def record(self) -> None:
         """Begin to keep every event, starting with the state as it is; `stop_recording` gives them."""
         if self.source is None:
@@ -180,6 +186,10 @@ class Feed:
 
     # ---- the pump ----
 
+    def breathe(self) -> None:
+        """For topics with much to do: let an engine at full speed in. Call it every 0.1 ms or so of work."""
+        self._pump_thread.breathe()
+
     def later(self, job: Callable, *arguments: Any) -> None:
         """Call job(*arguments) in the pump's thread, soon; here and now if that does not run."""
         self._pump_thread.later(job, *arguments)
@@ -214,7 +224,7 @@ class Feed:
             if payload is not None:
                 topics[key] = {"mode": "snapshot" if sub.needs_snapshot else "delta", **packer.add(payload)}
                 sub.needs_snapshot = False
-                self._pump_thread.breathe()
+                self.breathe()
         self.subscriptions.need_snapshots(lambda sub: not sub.visible)
         live = self.live()
         if topics or live != self._told:
@@ -231,14 +241,15 @@ class Feed:
 
     def _pump(self) -> list[Event]:
         """Events since the last time, applied to the state."""
-        gaps = self._reader.num_gaps
-        told, events, anew = self._reader.read(self._pump_thread.breathe)
+        gaps, started = self._reader.num_gaps, time.thread_time()
+        told, events, anew = self._reader.read(self.breathe)
         self.stats.gaps += self._reader.num_gaps - gaps
         if anew:
             self.subscriptions.need_snapshots()
         if self._recording is not None:
             self._recording += told
         self.stats.events += len(events)
+        self.stats.read_s += time.thread_time() - started
         return events
 
     def _look_back(self) -> EngineState | None:

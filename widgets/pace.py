@@ -10,7 +10,7 @@ from typing import Any
 FRAMES_PER_SECOND = 20
 MANY_TOPICS = 4  # from so many visible topics on, which are as many pictures to draw in every frame,
 FRAMES_OF_MANY = 15  # so many frames: 100 ms from an event to its pixels are still kept
-SHARE = 0.03  # of the interpreter's time that frames may take: engine and pump share it
+SHARE = 0.05  # of the interpreter's time that frames may take: engine and pump share it
 SLOWEST_S = 0.25  # but not slower than this
 
 
@@ -27,7 +27,8 @@ class Pace:
         self.cost_s = 0.0  # processor time of a frame: a moving average over about ten
 
     def spent(self, seconds: float) -> None:
-        """Note the processor time that a frame took. One that took much longer (a snapshot) counts as four."""
+        """Note the processor time that a frame took, without the reading of events. One that took much longer (a
+        snapshot) counts as four."""
         if self.cost_s:
             seconds = min(seconds, 4 * self.cost_s)
         self.cost_s += 0.1 * (seconds - self.cost_s)

@@ -12,7 +12,10 @@ from widgets.pace import Pace, switches
 if TYPE_CHECKING:
     from widgets.feed import Feed
 
-SLICE_PAUSE_S = 0.001  # between two pieces of a frame
+PIECE_S = 0.00015  # of processor time: so much of a frame is done in one go,
+PAUSE_S, SHORT_PAUSE_S = 0.0005, 0.0001  # and then the engine gets the interpreter; the short one
+PATIENCE_S = 0.02  # where the pauses of a frame have taken so long: its news are getting old
+REST_S = 0.005  # between two frames, at least
 
 
 class Pump:
@@ -26,6 +29,8 @@ class Pump:
         self._feed = feed
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="tinyvllm-feed", daemon=True)
+        self._went_on = 0.0  # processor time of the thread after the last pause
+        self._patience_s = 0.0
 
     def start(self) -> None:
         self._thread.start()
@@ -44,19 +49,27 @@ class Pump:
             job(*arguments)
 
     def breathe(self) -> None:
-        """Between two pieces of a frame: an engine at full speed is held up by one of them and not by the sum."""
-        if threading.current_thread() is self._thread and self._feed.source.state == "running":
-            time.sleep(SLICE_PAUSE_S)
+        """Between two pieces of a frame, however small: an engine at full speed is held up by one of PIECE_S and not by
+        the sum."""
+        if threading.current_thread() is not self._thread or time.thread_time() - self._went_on < PIECE_S:
+            return
+        if self._feed.source.state == "running":
+            began = time.monotonic()
+            time.sleep(PAUSE_S if self._patience_s > 0 else SHORT_PAUSE_S)
+            self._patience_s -= time.monotonic() - began
+        self._went_on = time.thread_time()
 
     def _run(self) -> None:
         feed, was_closed = self._feed, False
-        due = time.monotonic() + self.pace.least_s
+        began = time.monotonic()
+        due = began + self.pace.least_s
         while not feed.closed:
             try:
                 if (wait := due - time.monotonic()) > 0:
                     self._jobs.get(timeout=wait)()
                     continue
                 was_closed = feed.source.state == "closed"
+                began = time.monotonic()
                 with feed.lock:
                     self._frame()
             except queue.Empty:
@@ -66,7 +79,7 @@ class Pump:
             visible, source = len(feed.subscriptions.visible_ones()), feed.source
             is_fast = source.state == "running" and getattr(source, "steps_per_second", None) is None
             switches.quick(self, bool(visible) and is_fast)
-            due = time.monotonic() + self.pace.interval_s(visible)
+            due = max(began + self.pace.interval_s(visible), time.monotonic() + REST_S)
             if was_closed:  # all that it has said has just been sent
                 feed.end()
         switches.quick(self, False)
@@ -74,8 +87,10 @@ class Pump:
             self._jobs.get()()
 
     def _frame(self) -> None:
-        started = time.thread_time()
+        stats, started = self._feed.stats, time.thread_time()
+        self._went_on, self._patience_s = started, PATIENCE_S
+        read_s = stats.read_s
         self._feed.tick()
         spent = time.thread_time() - started
-        self._feed.stats.pump_s += spent
-        self.pace.spent(spent)
+        stats.pump_s += spent
+        self.pace.spent(spent - (stats.read_s - read_s))  # to read half as often is to read twice as much

@@ -73,6 +73,11 @@ class EventLog:
 
     def read(self, since: int = 0) -> tuple[list[Event], bool]:
         """Events from sequence number `since` on, and whether some of them are gone already (a gap)."""
+        rows, gap = self.read_rows(since)
+        return [*map(Event._make, rows)], gap
+
+    def read_rows(self, since: int = 0) -> tuple[list[tuple], bool]:
+        """The same as plain tuples: quicker, for who makes events of a few at a time (Event._make)."""
         newest_first: list[tuple] = []
         while True:
             # From the right: a reader that keeps up wants a handful out of many. A few more than there seem to be,
@@ -87,8 +92,7 @@ class EventLog:
         while newest_first and newest_first[-1][0] < since:
             newest_first.pop()
         newest_first.reverse()
-        events = [*map(Event._make, newest_first)]
-        return events, bool(events) and events[0].seq > since
+        return newest_first, bool(newest_first) and newest_first[0][0] > since
 
     def __len__(self) -> int:
         return len(self._events)

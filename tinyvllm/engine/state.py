@@ -5,82 +5,19 @@ machine. A test holds it against the engine's own books after every step of a ra
 """
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import repeat
 from typing import Self
 
 from tinyvllm.engine.events import KINDS, Event
+from tinyvllm.engine.state_records import RequestState, Span, StepState
+from tinyvllm.engine.state_runs import apply_usual, are_usual
 
 KEPT_STEPS = 5000  # the newest; and so many
 KEPT_REQUESTS = 1000  # that have ended: a class may run for hours
 
 _UNTIL_CONFIG = -1
-
-
-@dataclass(slots=True)
-class Span:
-    """A stretch of a request's time: kind is "waiting", "prefill", "decode" or "preempted"; end_ns None while open."""
-
-    kind: str
-    start_ns: int
-    end_ns: int | None = None
-
-
-@dataclass(slots=True)
-class RequestState:
-    """One request as the events tell it."""
-
-    request_id: str
-    num_prompt_tokens: int
-    max_len: int
-    added_ns: int
-    prompt_token_ids: list[int] | None = None  # None: a trace that kept only their number
-    status: str = "waiting"  # waiting, running, preempted, or the finish reason
-    num_computed_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_preemptions: int = 0
-    token_ids: list[int] = field(default_factory=list)  # of the output
-    token_ns: list[int] = field(default_factory=list)
-    text: str = ""
-    block_ids: list[int] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)
-    finished_ns: int | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_prompt_tokens + len(self.token_ids)
-
-    @property
-    def ttft_ns(self) -> int | None:
-        """Time to first token."""
-        return self.token_ns[0] - self.added_ns if self.token_ns else None
-
-    def itl_ns(self) -> list[int]:
-        """Inter-token latencies: the times between one token and the next."""
-        return [b - a for a, b in zip(self.token_ns, self.token_ns[1:])]
-
-    def clone(self) -> Self:
-        """A copy that goes its own way."""
-        return replace(self, token_ids=list(self.token_ids), token_ns=list(self.token_ns),
-                       block_ids=list(self.block_ids), spans=[*self.spans[:-1], replace(self.spans[-1])])
-
-
-@dataclass(slots=True)
-class StepState:
-    """One step: its batch as ((request_id, start, count, sampled), ...), and its times.
-
-    prefills: those rows of the batch that compute more than a request's newest token, as it was when the step began.
-    """
-
-    step: int
-    begin_ns: int
-    num_tokens: int
-    batch: tuple[tuple, ...]
-    end_ns: int | None = None
-    runner_ns: int | None = None
-    error: str | None = None
-    prefills: tuple[tuple, ...] = ()
 
 
 class EngineState:
@@ -103,7 +40,7 @@ class EngineState:
         self.num_preempted = 0  # preemptions of the requests that are known
         self.num_cached_tokens = 0  # of the requests that are known: found in the prefix cache
         self.steps: deque[StepState] = deque(maxlen=kept_steps)
-        self.block_owners: dict[int, list[str]] = {}  # block_id -> the requests that hold it
+        self.block_owners: dict[int, list[str]] = {}  # block_id -> the requests that hold it; a change makes a new list
         self.block_places: dict[int, tuple[str, int]] = {}  # block_id -> who had it last, and as which of its blocks
         self.cached_blocks: set[int] = set()
         self.profile: dict | None = None  # the newest step that was taken apart
@@ -131,18 +68,34 @@ class EngineState:
                 return False
         return not handler(self, event)
 
-    def clone(self) -> Self:
+    def apply_all(self, events: Iterable[Event], breathe: Callable[[], None] = lambda: None) -> list[Event]:
+        """Take in events, as `apply` would one by one, but quicker; those that were not passed over.
+
+        breathe: called now and then, some of the work done.
+        """
+        events = [*events]
+        if len(events) > 1 and are_usual(self, events):
+            apply_usual(self, events, _HANDLERS, breathe)
+            return events
+        new = []
+        for event in events:
+            breathe()
+            if self.apply(event):
+                new.append(event)
+        return new
+
+    def clone(self, clone_request: Callable[[RequestState], RequestState] = RequestState.clone) -> Self:
         """A copy that goes its own way: cheap, since what has ended does not change and is shared."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.requests = self.requests.copy()
-        other.unfinished = {name: request.clone() for name, request in self.unfinished.items()}
+        other.unfinished = {name: clone_request(request) for name, request in self.unfinished.items()}
         other.requests.update(other.unfinished)
         other.counts = self.counts.copy()
         other.steps = self.steps.copy()
         if other.steps:
             other.steps[-1] = replace(other.steps[-1])
-        other.block_owners = {block_id: owners.copy() for block_id, owners in self.block_owners.items()}
+        other.block_owners = self.block_owners.copy()  # its lists are replaced, never changed
         other.block_places = self.block_places.copy()
         other.cached_blocks = self.cached_blocks.copy()
         other._finished = self._finished.copy()
@@ -266,10 +219,11 @@ class EngineState:
             self.steps[-1].end_ns, self.steps[-1].error = e.t_ns, e.a
 
     def _blocks_allocated(self, e: Event) -> None:
-        request = self.requests.get(e.request_id)
+        owners, places, name = self.block_owners, self.block_places, e.request_id
+        request = self.requests.get(name)
         for index, block_id in enumerate(e.a, start=len(request.block_ids) if request else 0):
-            self.block_owners.setdefault(block_id, []).append(e.request_id)
-            self.block_places[block_id] = e.request_id, index
+            owners[block_id] = [*owners[block_id], name] if block_id in owners else [name]
+            places[block_id] = name, index
         if request:
             request.block_ids += e.a
 
@@ -287,9 +241,11 @@ class EngineState:
         for block_id in e.a:
             owners = self.block_owners.get(block_id, ())
             if e.request_id in owners:
-                owners.remove(e.request_id)
-                if not owners:
+                if len(owners) == 1:
                     del self.block_owners[block_id]
+                else:
+                    at = owners.index(e.request_id)
+                    self.block_owners[block_id] = owners[:at] + owners[at + 1:]
 
     def _tokens(self, e: Event) -> None:
         requests, times = self.requests, e.b or repeat(e.t_ns)

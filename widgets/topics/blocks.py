@@ -13,6 +13,7 @@ order of `table_keys`. Keys are small numbers for request ids; `gone` lists thos
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from tinyvllm.engine.state import EngineState, RequestState
 from widgets.frames import Payload
 from widgets.topics.base import Topic, register
 
+PIECE = 64  # blocks that are looked at in one go
 _OTHER_KINDS = frozenset(("step_begun", "step_ended", "tokens"))  # most of all events
 
 
@@ -60,8 +62,10 @@ class BlocksTopic(Topic):
         changed, touched, retabled, gone = self._changes(state, events)
         if not (changed or touched or gone):
             return None
+        self.feed.breathe()
         ids = sorted(changed)
         blocks = self._blocks(state, ids)
+        self.feed.breathe()
         blocks["ids"] = np.array(ids, np.int32)
         alive = [state.requests[name] for name in touched if is_alive(state, name)]
         gone = [name for name in gone if not is_alive(state, name)]  # an id may be used again
@@ -85,7 +89,7 @@ class BlocksTopic(Topic):
 
     def _tables(self, requests: list[RequestState], arrays: dict[str, np.ndarray]) -> dict[str, list[int]]:
         """Put the requests' block tables into `arrays`; whose they are, in order."""
-        arrays["tables"] = np.array([b for request in requests for b in request.block_ids], np.int32)
+        arrays["tables"] = np.array([*chain.from_iterable(request.block_ids for request in requests)], np.int32)
         arrays["table_sizes"] = np.array([len(request.block_ids) for request in requests], np.int32)
         return {"table_keys": [self._key(request.request_id) for request in requests]}
 
@@ -93,21 +97,32 @@ class BlocksTopic(Topic):
         """What there is to tell of these blocks; the totals are kept up to date by the difference."""
         owners: list[int] = []
         refs, filled, cached = [], [], []
-        size, holders = state.config.get("block_size", 1), state.block_owners
-        for block_id in ids:
-            held_by, is_cached = holders.get(block_id), block_id in state.cached_blocks
-            ref, full = 0, size if is_cached else 0
-            if held_by:
+        size, holders, places = state.config.get("block_size", 1), state.block_owners, state.block_places
+        requests, findable = state.requests, state.cached_blocks
+        for i, block_id in enumerate(ids, 1):
+            if i % PIECE == 0:
+                self.feed.breathe()
+            held_by, is_cached = holders.get(block_id), block_id in findable
+            if not held_by:
+                ref, full = 0, size if is_cached else 0
+            elif len(held_by) == 1:  # slots_filled, for nearly all of them
+                name, ref = held_by[0], 1
+                full = requests[name].num_computed_tokens - places[block_id][1] * size if name in requests else 0
+                full = size if full > size else max(full, 0)
+                owners.append(self._key(name))
+            else:
                 ref, full = len(held_by), slots_filled(state, block_id)
                 owners += map(self._key, held_by)
             refs.append(ref)
             filled.append(full)
             cached.append(is_cached)
-            if before := self._ref[block_id]:
-                self._count(-1, before, self._filled[block_id])
-            if ref:
-                self._count(1, ref, full)
-            self._ref[block_id], self._filled[block_id] = ref, full
+            before, full_before = self._ref[block_id], self._filled[block_id]
+            if ref != before or full != full_before:
+                if before:
+                    self._count(-1, before, full_before)
+                if ref:
+                    self._count(1, ref, full)
+                self._ref[block_id], self._filled[block_id] = ref, full
         return {"ref": np.array(refs, np.uint16), "filled": np.array(filled, np.int32),
                 "cached": np.array(cached, np.uint8), "owners": np.array(owners, np.int32)}
 
@@ -141,12 +156,12 @@ class BlocksTopic(Topic):
                 touched[name] = None
         # However many steps there were: the blocks between what was computed a frame ago and what is now.
         size, keeps = state.config.get("block_size", 1), state.config.get("use_kv_cache", True)
+        told = self._told
         for name, request in state.unfinished.items():
-            now, before = request.num_computed_tokens, self._told.get(name, (0, 0))
-            if before != (now, len(request.token_ids)):
-                self._told[name] = now, len(request.token_ids)
-                touched[name] = None
-                first, last = (before[0], now) if before[0] < now else (now, before[0])
+            now, before = (request.num_computed_tokens, len(request.token_ids)), told.get(name, (0, 0))
+            if before != now:
+                told[name], touched[name] = now, None
+                first, last = (before[0], now[0]) if before[0] < now[0] else (now[0], before[0])
                 blocks.update(request.block_ids[first // size:-(-last // size)] if keeps else request.block_ids)
         for name in gone:
             self._told.pop(name, None)

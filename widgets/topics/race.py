@@ -58,7 +58,9 @@ class RaceTopic(Topic):
     def delta(self, state: EngineState, events: list[Event]) -> Payload | None:
         now = self.feed.source.now_ns()
         self._seat(state, now, HOLD_NS)
-        cards, totals = self._changes(state), self._totals(state, now)
+        cards = self._changes(state)
+        self.feed.breathe()
+        totals = self._totals(state, now)
         if not cards and totals == self._sent_totals:
             return None
         self._sent_totals = totals

@@ -12,7 +12,6 @@ from then on. The arrays, one row each:
 Steps, spans and chunks of a delta take the place of those that begin at the same time or later.
 """
 
-from math import nan
 from typing import Any
 
 import numpy as np
@@ -39,6 +38,7 @@ class Known:
     def __init__(self, number: int, added_ns: int):
         self.number, self.added_ns = number, added_ns
         self.settled = 0  # spans before this one are closed, and told
+        self.num_tokens = 0  # as they were told
         self.told_open = False  # the one at `settled` has been told, as open
 
 
@@ -60,16 +60,13 @@ class TimelineTopic(Topic):
     def delta(self, state: EngineState, events: list[Event]) -> Payload | None:
         if state.requests is not self._of:  # the engine was reset, or told all anew after a gap
             return self.snapshot(state)
-        touched: set[str] = set()
-        begun = 0
-        for event in events:
-            kind = event.kind
-            if kind == "step_begun":
-                begun += 1
-            elif kind == "tokens":
-                touched.update(token[0] for token in event.a)
-            elif kind.startswith("request_"):
-                touched.add(event.request_id)
+        begun = sum(event[2] == "step_begun" for event in events)
+        # However many steps there were: who has more tokens than a frame ago, and who had an event of his own.
+        touched = {event[4] for event in events if event[2].startswith("request_")}
+        for name, request in state.unfinished.items():
+            known = self._known.get(name)
+            if known is None or known.num_tokens != len(request.token_ids):
+                touched.add(name)
         fresh = min(len(state.steps), begun + self._step_is_open)
         if not fresh and not touched:
             return None
@@ -96,6 +93,7 @@ class TimelineTopic(Topic):
                 added.append([known.number, request.request_id, request.num_prompt_tokens,
                               self.feed.ms(request.added_ns)])
             spans += self._new_spans(request)
+        self.feed.breathe()
         step_rows, chunks = [], []
         for step in steps:
             row, pieces = self._step(step, state)
@@ -105,45 +103,43 @@ class TimelineTopic(Topic):
         arrays = {}
         for prefix, columns, rows in (("step", STEP, step_rows), ("span", SPAN, spans), ("chunk", CHUNK, chunks),
                                       ("request", REQUEST, [self._figures(request) for request in requests])):
-            arrays |= _columns(prefix, columns, rows)
+            arrays |= self._columns(prefix, columns, rows)
+            self.feed.breathe()
         for request in requests:
             if request.finished_ns is not None:
                 self._known.pop(request.request_id, None)  # nothing more will come of it
         return Payload({"clear": clear, "added": added}, arrays)
-
-    def _ms(self, t_ns: int | None) -> float:
-        return nan if t_ns is None else self.feed.ms(t_ns)
 
     def _new_spans(self, request: RequestState) -> list[tuple]:
         known, spans = self._known[request.request_id], request.spans
         is_open = spans[-1].end_ns is None
         if known.told_open and is_open and known.settled == len(spans) - 1:
             return []
-        rows = [(known.number, KINDS.index(span.kind), self.feed.ms(span.start_ns), self._ms(span.end_ns))
+        rows = [(known.number, KINDS.index(span.kind), span.start_ns, span.end_ns)
                 for span in spans[known.settled:]]
         known.settled, known.told_open = len(spans) - is_open, is_open
         return rows
 
     def _step(self, step: StepState, state: EngineState) -> tuple[tuple, list[tuple]]:
-        prefills = step.prefills
-        begin = self.feed.ms(step.begin_ns)
+        prefills, begin = step.prefills, step.begin_ns
         if not prefills:  # nearly all steps are of this kind
-            return (step.step, begin, self._ms(step.end_ns), 0, step.num_tokens, len(step.batch),
-                    step.error is not None), []
+            return (step.step, begin, step.end_ns, 0, step.num_tokens, len(step.batch), step.error is not None), []
         num_prefill = sum(row[2] for row in prefills)
         chunks = [(self._known[request_id].number, step.step, begin, start, count)
                   for request_id, start, count, _ in prefills
-                  if request_id in self._known and state.requests[request_id].added_ns <= step.begin_ns]
-        return (step.step, begin, self._ms(step.end_ns), num_prefill, step.num_tokens - num_prefill, len(step.batch),
+                  if request_id in self._known and state.requests[request_id].added_ns <= begin]
+        return (step.step, begin, step.end_ns, num_prefill, step.num_tokens - num_prefill, len(step.batch),
                 step.error is not None), chunks
 
     def _figures(self, request: RequestState) -> tuple:
-        return (self._known[request.request_id].number, len(request.token_ids),
-                self._ms(request.token_ns[0] if request.token_ns else None), request.num_cached_tokens,
-                request.num_preemptions, STATUSES.index(request.status), self._ms(request.finished_ns))
+        known, num_tokens = self._known[request.request_id], len(request.token_ids)
+        known.num_tokens = num_tokens
+        return (known.number, num_tokens, request.token_ns[0] if num_tokens else None, request.num_cached_tokens,
+                request.num_preemptions, STATUSES.index(request.status), request.finished_ns)
 
-
-def _columns(prefix: str, columns: tuple[tuple[str, str], ...], rows: list[tuple]) -> dict[str, np.ndarray]:
-    if not rows:
-        return {}
-    return {f"{prefix}_{name}": np.array(values, dtype) for (name, dtype), values in zip(columns, zip(*rows))}
+    def _columns(self, prefix: str, columns: tuple[tuple[str, str], ...], rows: list[tuple]) -> dict[str, np.ndarray]:
+        """Rows as arrays. Columns of float64 are times: nanoseconds, or None."""
+        if not rows:
+            return {}
+        return {f"{prefix}_{name}": self.feed.all_ms(values) if dtype == "<f8" else np.array(values, dtype)
+                for (name, dtype), values in zip(columns, zip(*rows))}
