@@ -1,0 +1,103 @@
+"""The kernels under NVIDIA's compute-sanitizer: reads and writes outside of memory, and races in shared memory.
+
+    python -m tests.gpu.sanitize                    # both tools; on a machine with 16 cores some minutes
+    python -m tests.gpu.sanitize --only racecheck --json out.json
+
+The GPU tests run in shards, each in a process of its own under the tool, as many at a time as there are cores. A tool
+makes every memory access slower, racecheck the most: it gets the tests of few and small launches. What a shard cannot
+end in its time is told, and counts as a failure. Run `make gpu-test` before: then the kernels are compiled.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tinyvllm.bench.environment import describe_environment
+
+FOLDER = Path(__file__).parent
+SHARD = "TINYVLLM_TEST_SHARD"  # "3/8": for this module as a plugin of pytest
+# tool -> {test file: (which of its tests, shards)}
+TESTS = {
+    "memcheck": {"kernels": ("not next_process and not cublas", 2), "fused": ("", 8), "prefill_wgmma": ("", 4),
+                 "decode": ("", 2), "draw": ("not probabilities", 3)},
+    "racecheck": {"kernels": ("rms_norm or softmax or argmax or tensor_core or simple_kernels", 3),
+                  "fused": ("linear_add or gate_up or rope_write or shared or in_parts or split_contexts", 16),
+                  "prefill_wgmma": ("one_tile or spare", 4), "decode": ("every_end or left_alone", 4),
+                  "draw": ("hard_in_one", 4)},
+}
+
+
+def pytest_collection_modifyitems(config, items):
+    """Every n-th of the tests."""
+    number, _, count = os.environ.get(SHARD, "1/1").partition("/")
+    kept = items[int(number) - 1::int(count)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def run_shard(tool: str, file: str, which: str, number: int, count: int, limit_s: float) -> dict:
+    """One shard: {"shard", "errors", "passed", "seconds", "trouble": None or what went wrong}."""
+    begin = time.perf_counter()
+    found = {"shard": f"{tool} {file} {number}/{count}", "errors": None, "passed": 0, "trouble": None}
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q",
+               "-p", "no:cacheprovider", "-p", "tests.gpu.sanitize", "-m", "gpu", FOLDER / f"test_gpu_{file}.py"]
+    try:
+        run = subprocess.run([*map(str, command), *(["-k", which] if which else [])], timeout=limit_s, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             env={**os.environ, SHARD: f"{number}/{count}"})
+        found["errors"] = sum(map(int, re.findall(r"ERROR SUMMARY: (\d+) error", run.stdout)))
+        found["errors"] += sum(map(int, re.findall(r"RACECHECK SUMMARY: (\d+) hazard", run.stdout)))
+        found["passed"] = sum(map(int, re.findall(r"(\d+) passed", run.stdout)))
+        if run.returncode:
+            found["trouble"] = f"ended with {run.returncode}: {run.stdout[-1500:]}"
+        elif not found["passed"]:
+            found["trouble"] = "no test ran"
+    except subprocess.TimeoutExpired as error:
+        output = error.output or b""
+        dots = (output.decode() if isinstance(output, bytes) else output).count(".")
+        found["trouble"] = f"not done after {limit_s:.0f} s, about {dots} tests in"
+    found["seconds"] = round(time.perf_counter() - begin, 1)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The GPU tests under compute-sanitizer.")
+    parser.add_argument("--only", choices=tuple(TESTS), help="one of the tools")
+    parser.add_argument("--limit", type=float, default=240, metavar="S", help="for a shard")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="shards at a time")
+    parser.add_argument("--json", type=Path, help="write the findings to this file")
+    options = parser.parse_args()
+    if shutil.which("compute-sanitizer") is None:
+        sys.exit("compute-sanitizer is not on the PATH: it comes with NVIDIA's CUDA toolkit")
+    shards = [(tool, file, which, number, count, options.limit) for tool, files in TESTS.items()
+              if options.only in (None, tool) for file, (which, count) in files.items()
+              for number in range(1, count + 1)]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        findings = []
+        for found in pool.map(lambda shard: run_shard(*shard), shards):
+            findings.append(found)
+            print(f"{found['shard']:28} {found['errors']} errors, {found['passed']:4} tests, {found['seconds']:6} s"
+                  + (f"  TROUBLE: {found['trouble']}" if found["trouble"] else ""), flush=True)
+    tests, errors = Counter(), Counter()
+    for found in findings:
+        tool = found["shard"].split()[0]
+        tests[tool] += found["passed"]
+        errors[tool] += found["errors"] or 0
+    troubles = [found["shard"] for found in findings if found["trouble"]]
+    print({tool: f"{errors[tool]} errors in {tests[tool]} tests" for tool in tests}, "trouble:", troubles or "none")
+    if options.json:
+        options.json.write_text(json.dumps({"environment": describe_environment("numba-cuda"), "tests": tests,
+                                            "errors": errors, "shards": findings}, indent=1) + "\n")
+    sys.exit(bool(troubles or sum(errors.values())))
+
+
+if __name__ == "__main__":
+    main()
