@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 LAB_ARGS ?=          # for example LAB_ARGS='--no-browser --port 8890'
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo lab test gpu-test bench feed-bench gpu-bench clean
+.PHONY: help demo lab test gpu-test bench feed-bench gpu-bench gpu-sanitize clean
 
 help:
 	@echo "make demo       set up, then eight prompts on the embedded model, watched live in the terminal"
@@ -15,6 +15,7 @@ help:
 	@echo "make feed-bench what the live panels cost the engine, in a real JupyterLab"
 	@echo "make gpu-bench  GPU speed at the Llama-3.2-1B shape, with the limits of the same GPU (about eight minutes)"
 	@echo "make gpu-test   the tests that need an NVIDIA GPU"
+	@echo "make gpu-sanitize  the same under NVIDIA's compute-sanitizer: bad accesses, races in shared memory"
 	@echo "make clean      remove the virtual environment"
 
 # A stamp file a set of packages: made anew when the list of dependencies changes.
@@ -62,6 +63,9 @@ gpu-bench: $(VENV)/.cuda
 
 gpu-test: $(VENV)/.cuda
 	$(BIN)/python -m pytest -m gpu tests/gpu
+
+gpu-sanitize: $(VENV)/.cuda
+	$(BIN)/python -m tests.gpu.sanitize
 
 clean:
 	rm -rf $(VENV)

@@ -8,7 +8,7 @@ import pytest
 from tests.toy import toy_engine
 from tinyvllm import LLM, LiveEngine, SamplingParams
 from tinyvllm.engine import garbage
-from tinyvllm.engine.garbage import RARELY, WholeCollections, no_whole_collections
+from tinyvllm.engine.garbage import MIDDLE, RARELY, WholeCollections, no_whole_collections
 
 
 @pytest.fixture(autouse=True)
@@ -25,10 +25,10 @@ def test_they_are_held_back_until_the_last_one_lets_go():
     first.hold_back(False)  # never held
     for who in (first, first, second):
         who.hold_back(True)
-        assert gc.get_threshold() == (700, 10, RARELY)
+        assert gc.get_threshold() == (700, MIDDLE, RARELY)
     first.hold_back(False)
     first.hold_back(False)
-    assert gc.get_threshold() == (700, 10, RARELY)
+    assert gc.get_threshold() == (700, MIDDLE, RARELY)
     second.hold_back(False)
     assert gc.get_threshold() == (700, 10, 10)
 
@@ -46,6 +46,9 @@ def test_what_the_user_sets_meanwhile_stays():
     with no_whole_collections():
         gc.set_threshold(1, 2, RARELY)
     assert gc.get_threshold() == (1, 2, 30)
+    with no_whole_collections():
+        gc.set_threshold(1, MIDDLE, 3)
+    assert gc.get_threshold() == (1, 2, 3)
 
 
 def test_a_run_that_would_have_had_some_has_none():

@@ -248,7 +248,7 @@ def test_hopper_kernels_keep_their_sums_in_registers(name):
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_prefill_computes_exponentials_while_products_are_under_way(head_dim):
-    """The compiler has moved none of them behind the wait for the outputs, nor scores ahead of the one for them."""
+    """In PTX none of them has moved behind the wait for the outputs, nor scores ahead of the one for them."""
     kernel = prefill_wgmma.prefill_wgmma_kernel(head_dim, 4, 16, *prefill_wgmma.choose_shape(head_dim))
     scores = prefill_wgmma.choose_shape(head_dim)[1] // 2
     ptx = assemble(kernel, kernel.numba_signature(), (9, 0, "a"))[0]

@@ -67,11 +67,13 @@ def make_layout(D: int, GROUP: int, BLOCK: int, CONSUMERS: int, KEYS: int, STAGE
 def choose_shape(head_dim: int, block_size: int = 16) -> tuple[int, int, int, int]:
     """(CONSUMERS, KEYS, STAGES, blocks a multiprocessor).
 
-    What limits it is registers, of which a lane has 168 with two warpgroups and needs KEYS / 2 for scores, KEYS / 4 for
-    weights and head_dim / 2 for outputs, and some for the rest; then shared memory. At head_dim 64, TFLOP/s on an H200
-    for 16 prompts of 1,024 and 4 of 4,096 tokens:
+    What limits it is registers, of which a lane has 152 with three warpgroups and 224 with two, and needs KEYS / 2 for
+    scores, KEYS / 4 for weights and head_dim / 2 for outputs, and some for the rest; then shared memory. Of each tile
+    of keys 64 rows of queries a warpgroup make use, and each tile of queries costs a beginning and an end. At head_dim
+    64, TFLOP/s on an H200 for 16 prompts of 1,024, 4 of 4,096 and 64 of 256 tokens:
 
-        two warpgroups of 96 keys 316, 417; one of 128, twice a multiprocessor 307, 411; three of 64 313, 397
+        three warpgroups of 80 keys 334, 430, 118; of 64 keys 322, 407, 118; two of 96 316, 380, 111; of 128
+        323, 408, 109; one of 128, twice a multiprocessor 307, 420, 105
     """
     if head_dim == 64:
         return 3, 80 if 80 % block_size == 0 else 64, 6, 1

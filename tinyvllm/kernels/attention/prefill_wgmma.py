@@ -16,7 +16,9 @@ which has the mask, down to the first):
     products      S(3) | S(2)  O += P(3) V(3) | S(1)  O += P(2) V(2) | S(0)  O += P(1) V(1) | O += P(0) V(0)
     the lanes           P(3)          P(2)           P(1)           P(0)
 
-and other warpgroups of the multiprocessor, which are elsewhere in their tiles, fill what gaps remain.
+and other warpgroups of the multiprocessor, which are elsewhere in their tiles, fill what gaps remain. (The assembler
+brings the wait for O forward again, ahead of P's arithmetic; held back by force it was no faster: ../IDEAS.md. What
+counts is how few instructions there are beside the products: see same_in_warp.)
 
 Barriers, each with a phase bit that flips once it is complete: for the queries (two buffers), keys and values (STAGES
 each) one that what was asked for has arrived, and one that all warps of the consumers are done with it.
