@@ -4,8 +4,8 @@ Reference counts free nearly everything at once; the collector is for cycles. No
 of the process, with every thread standing still, and a process that has compiled kernels has hundreds of thousands:
 0.12 to 0.26 seconds were seen, in which hundreds of steps would have run. What triggers it is the number of objects
 that came and stayed, and a run makes many: events, outputs. So while one is under way, only young objects are looked
-through, which takes some milliseconds at most. And those that are no longer quite young, a tenth as often as usual: with
-a thousand steps a second one in fifty would be 0.3 ms longer. Afterwards all is as it was.
+through, which takes some milliseconds at most. And those that are no longer quite young, a tenth as often as usual:
+of a thousand steps a second one in fifty would be 0.3 ms longer. Afterwards all is as it was.
 
     with no_whole_collections():
         while engine.has_unfinished_requests():
