@@ -202,3 +202,25 @@ def test_outputs_can_be_copied_and_sent(duplicate):
     assert again == first and repr(again) == repr(first) and len(again.outputs[0].token_ids) == 1
     with pytest.raises(AttributeError, match="has no 'text'"):
         _ = first.text
+
+
+def test_what_is_set_in_an_output_stays():
+    engine = toy_engine()
+    engine.add_request([1, 2, 3], SamplingParams(max_tokens=3, ignore_eos=True), "a")
+    output = engine.step()[0]
+    output.prompt = "mine"
+    assert output.metrics.num_output_tokens == 1 and output.prompt == "mine"
+    output.outputs = []
+    assert (output.prompt, output.outputs, output.prompt_token_ids) == ("mine", [], [1, 2, 3])
+
+
+def test_an_output_sent_elsewhere_takes_no_later_tokens_along():
+    engine = toy_engine()
+    engine.add_request([1, 2, 3], SamplingParams(max_tokens=60, ignore_eos=True), "a")
+    early = engine.step()[0]
+    size = len(pickle.dumps(copy.deepcopy(early)))
+    request = engine._requests["a"]
+    while engine.has_unfinished_requests():
+        engine.step()
+    assert len(pickle.dumps(early)) <= size + 16  # a number more or less of a time
+    assert request.token_times == []

@@ -90,6 +90,14 @@ def test_many_events_at_once_make_the_same_history(events, seed):
         assert_same(history.state_at_step(step), plain([event for event in events if event.step <= step]))
 
 
+def test_up_to_an_unknown_kind_the_history_has_what_its_state_has(events):
+    history, bad = History(), Event(events[10].seq, events[10].t_ns, "telepathy", 1, None, None, None)
+    with pytest.raises(ValueError, match="telepathy"):
+        history.extend([*events[:10], bad, *events[11:20]])
+    assert len(history) == 10
+    assert_same(history.state_at(events[9].t_ns), history.state)
+
+
 def test_the_state_at_every_step_has_all_of_it_and_nothing_of_the_next(events):
     history = filled(events, chapter_work=40)
     last = max(event.step for event in events)

@@ -82,13 +82,19 @@ class CompletionOutput:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
+    def __getstate__(self) -> dict:
+        """For copies and for other processes: without the tokens that came later."""
+        self.token_ids  # noqa: B018 - cut out of all tokens
+        return vars(self)
+
 
 @dataclass
 class RequestOutput:
     """The state of one request after a step: prompt, continuation so far, times.
 
     Hundreds of these come with every step, and most are looked at for `finished` only, so the engine makes them with
-    `after_step`: all else is put together when it is first asked for. What they say is of that step, whenever that is.
+    `after_step`: all else is put together when it is first asked for (`vars` shows no more than that). What they say is
+    of that step, whenever that is.
     """
 
     request_id: str
@@ -118,9 +124,10 @@ class RequestOutput:
         return getattr(self, name)
 
     def __getstate__(self) -> dict:
-        """For copies and for other processes: the fields alone."""
-        if "metrics" not in vars(self):
+        """For copies and for other processes: the fields alone, and of the tokens those that had come."""
+        if "_state" in vars(self):
             self._complete()
+        self.prompt_token_ids  # noqa: B018 - cut out of all tokens
         return {name: value for name, value in vars(self).items() if name != "_state"}
 
     def _complete(self) -> None:
@@ -132,8 +139,10 @@ class RequestOutput:
         metrics = RequestMetrics(of.arrival_time, of.first_scheduled_time, of.first_token_time,
                                  of.finished_time if self.finished else None, num_tokens - num_prompt,
                                  self.num_cached_tokens, num_preemptions)
-        self.__init__(self.request_id, request.prompt, (token_ids, 0, num_prompt), [completion], self.finished, metrics,
-                      self.num_cached_tokens)
+        # What somebody has set stays; and two threads that read at once get the same.
+        for name, value in (("prompt", request.prompt), ("_prompt_token_ids", (token_ids, 0, num_prompt)),
+                            ("outputs", [completion]), ("metrics", metrics)):
+            vars(self).setdefault(name, value)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 FRAMES_PER_SECOND = 20
 MANY_TOPICS = 4  # from so many visible topics on, which are as many pictures to draw in every frame,
 FRAMES_OF_MANY = 15  # so many frames: 100 ms from an event to its pixels are still kept
-SHARE = 0.05  # of the interpreter's time that frames may take: engine and pump share it
+SHARE = 0.05  # of the interpreter's time that frames may take, beside the reading: engine and pump share it
 SLOWEST_S = 0.25  # but not slower than this
 
 

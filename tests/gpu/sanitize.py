@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -49,21 +50,22 @@ def run_shard(tool: str, file: str, which: str, number: int, count: int, limit_s
     found = {"shard": f"{tool} {file} {number}/{count}", "errors": None, "passed": 0, "trouble": None}
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q",
                "-p", "no:cacheprovider", "-p", "tests.gpu.sanitize", "-m", "gpu", FOLDER / f"test_gpu_{file}.py"]
+    run = subprocess.Popen([*map(str, command), *(["-k", which] if which else [])], text=True, start_new_session=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           env={**os.environ, SHARD: f"{number}/{count}"})
     try:
-        run = subprocess.run([*map(str, command), *(["-k", which] if which else [])], timeout=limit_s, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             env={**os.environ, SHARD: f"{number}/{count}"})
-        found["errors"] = sum(map(int, re.findall(r"ERROR SUMMARY: (\d+) error", run.stdout)))
-        found["errors"] += sum(map(int, re.findall(r"RACECHECK SUMMARY: (\d+) hazard", run.stdout)))
-        found["passed"] = sum(map(int, re.findall(r"(\d+) passed", run.stdout)))
+        output, _ = run.communicate(timeout=limit_s)
+        found["errors"] = sum(map(int, re.findall(r"ERROR SUMMARY: (\d+) error", output)))
+        found["errors"] += sum(map(int, re.findall(r"RACECHECK SUMMARY: (\d+) hazard", output)))
+        found["passed"] = sum(map(int, re.findall(r"(\d+) passed", output)))
         if run.returncode:
-            found["trouble"] = f"ended with {run.returncode}: {run.stdout[-1500:]}"
+            found["trouble"] = f"ended with {run.returncode}: {output[-1500:]}"
         elif not found["passed"]:
             found["trouble"] = "no test ran"
-    except subprocess.TimeoutExpired as error:
-        output = error.output or b""
-        dots = (output.decode() if isinstance(output, bytes) else output).count(".")
-        found["trouble"] = f"not done after {limit_s:.0f} s, about {dots} tests in"
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)  # the tool and the tests under it, which would go on without it
+        output, _ = run.communicate()
+        found["trouble"] = f"not done after {limit_s:.0f} s, about {output.count('.')} tests in"
     found["seconds"] = round(time.perf_counter() - begin, 1)
     return found
 

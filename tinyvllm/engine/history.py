@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from itertools import accumulate, islice
 from operator import itemgetter
 
-from tinyvllm.engine.events import Event
+from tinyvllm.engine.events import KINDS, Event
 from tinyvllm.engine.state import EngineState
 from tinyvllm.engine.state_records import RequestState
 from tinyvllm.errors import TinyVLLMError
 
+_KINDS = frozenset(KINDS)
 CHAPTER_WORK = 60_000  # events, rows of batches, tokens: as many as are applied anew in a few milliseconds
 PIECE = 512  # events that are applied in one go
 
@@ -66,11 +67,14 @@ class History:
         breathe: called between pieces of the work.
         """
         events = [*events]
+        known = next((i for i, event in enumerate(events) if event[2] not in _KINDS), len(events))
         new: list[Event] = []
         with self._lock:
-            for first in range(0, len(events), PIECE):
+            for first in range(0, known, PIECE):
                 breathe()
-                new += self._extend(events[first:first + PIECE], breathe)
+                new += self._extend(events[first:min(known, first + PIECE)], breathe)
+            if known < len(events):
+                self.state.apply(events[known])  # says what is wrong
         return new
 
     def _extend(self, events: list[Event], breathe: Callable[[], None]) -> list[Event]:

@@ -250,6 +250,7 @@ class LLMEngine:
         self.num_finished += 1
         self._tell_new_tokens()  # its last token comes before its end
         self.scheduler.finish(request)
+        request.token_times = []  # for snapshots of who runs; whoever keeps an output keeps its request
         if self.events is not None:
             self.events.emit("request_finished", request.request_id, request.finish_reason, request.num_output_tokens)
         del self._requests[request.request_id]

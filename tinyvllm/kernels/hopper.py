@@ -167,8 +167,8 @@ def multiply_64(N: int):
         registers = ",".join(f"${i}" for i in range(count))
         text = DESCRIPTORS + ".reg .pred p; setp.ne.b32 p, 1, 0; wgmma.fence.sync.aligned; "
         for step in range(4):  # a step takes 16 columns: 32 bytes
-            text += (describe("da", f"${2 * count}", 2 * step) + describe("db", f"${2 * count + 1}", 2 * step)
-                     + f"wgmma.mma_async.sync.aligned.m64n{N}k16.f32.bf16.bf16 {{{registers}}}, da, db, p, 1, 1, 0, 0; ")
+            text += describe("da", f"${2 * count}", 2 * step) + describe("db", f"${2 * count + 1}", 2 * step)
+            text += f"wgmma.mma_async.sync.aligned.m64n{N}k16.f32.bf16.bf16 {{{registers}}}, da, db, p, 1, 1, 0, 0; "
         return emit(builder, text + "wgmma.commit_group.sync.aligned; }", "f32 " * count, "f32 " * count + "u32 u32",
                     sums + a + b, tied=count, memory=True, volatile=True)
 

@@ -72,7 +72,7 @@ class DecodeGraphs:
         return 0 < output.num_decodes == output.num_samples == len(output.requests) <= self.buckets[-1]
 
     def begin(self, output: SchedulerOutput, watch: Watch = NOT_WATCHED) -> Callable[[], list[int]]:
-        """Start the step; returns what waits for it and gives a token for each of output.scheduled.
+        """Start the step; returns what waits for it and gives a token for each of output.requests.
 
         watch: what to keep of the step, its positions on the host.
         """
