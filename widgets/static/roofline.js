@@ -58,7 +58,9 @@ function drawRoofline(ctx, box, dots, roofs, t, s) {
     ctx.beginPath(); ctx.moveTo(X(10 ** d), top); ctx.lineTo(X(10 ** d), bottom); ctx.stroke();
     ctx.fillStyle = t.muted;
     ctx.textAlign = "center";
-    ctx.fillText(d < 0 ? (10 ** d).toFixed(-d) : asCount(10 ** d), X(10 ** d), bottom + 10 * s);
+    const words = d < 0 ? (10 ** d).toFixed(-d) : asCount(10 ** d);
+    // The last one is at the edge, and "1,000" wider than the margin there.
+    ctx.fillText(words, Math.min(X(10 ** d), box.x + box.width - ctx.measureText(words).width / 2 - 1), bottom + 10 * s);
   }
   for (let d = y0; d <= y1; d++) {
     ctx.strokeStyle = t.faint;
