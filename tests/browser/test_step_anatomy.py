@@ -3,7 +3,9 @@
 import pytest
 
 from tests.browser.stage import Stage
+from tests.browser.test_looks import LOOKS
 from tinyvllm import LLM, LiveEngine, SamplingParams
+from tinyvllm.bench.ceilings import Ceilings
 from tinyvllm.engine.replay import ReplayEngine
 from tinyvllm.engine.trace import Trace
 from widgets.step_anatomy import StepAnatomy
@@ -153,6 +155,20 @@ def test_nothing_is_cut_off(live, width, scale):
         for node in root.locator("canvas, button").all():
             assert node.bounding_box()["x"] + node.bounding_box()["width"] <= edge + 1
         assert stage.errors == []
+
+
+@pytest.mark.parametrize("ridge", [20, 60])
+def test_the_last_number_of_the_roofline_s_axis_is_whole(live, monkeypatch, ridge):
+    """Where it ends depends on the machine: at 100 and at 1,000 flops a byte."""
+    machine = Ceilings("a machine", bandwidth=1e10, cache_bandwidth=2e10, peak=ridge * 1e10, arithmetic="")
+    monkeypatch.setattr("tinyvllm.probe.probe.ceilings", lambda device: machine)
+    with Stage(width=1280, height=1400) as stage:
+        stage.page.evaluate(f"() => {{ window.looks = {LOOKS}; looks.rememberTexts(); }}")
+        _, _, dataset = show(stage, live)
+        live.add(PROMPT, GREEDY)
+        take_apart(stage, live, dataset)
+        stage.run(0.5)
+        assert stage.page.evaluate("looks.faults(1)") == []
 
 
 def test_a_recorded_run_is_shown_with_its_profiles_and_takes_no_new_ones(stage, live):
