@@ -7,10 +7,8 @@ from typing import Any
 import numpy as np
 
 from tinyvllm.engine.events import Event
-from tinyvllm.engine.history import History
+from tinyvllm.engine.history import PIECE, History
 from tinyvllm.engine.state import EngineState
-
-PIECE = 512  # events that are made and applied together, with pauses in between: the more, the quicker it goes
 
 
 class Reader:

@@ -52,6 +52,11 @@ class SchedulerOutput:
     room: int = 0  # tokens that every request may still get after the one that it gets in this step
     num_taken_in: int = 0  # rows, by Scheduler.update
 
+    @property
+    def only_decodes(self) -> bool:
+        """Whether every row computes one token and samples the next one."""
+        return self.num_decodes == self.num_samples == len(self.requests)
+
     @cached_property
     def scheduled(self) -> list[ScheduledRequest]:
         """The same row by row, for who looks at single ones."""
@@ -192,7 +197,7 @@ class Scheduler:
         for request, count, sample in zip(output.requests, output.counts.tolist(), output.samples.tolist()):
             request.num_computed_tokens += count
             request.num_pending += sample
-        if output.num_decodes == output.num_samples == len(output.requests) and self.use_kv_cache:
+        if output.only_decodes and self.use_kv_cache:
             self._last = output
 
     def take_back(self, output: SchedulerOutput) -> None:

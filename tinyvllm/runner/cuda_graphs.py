@@ -69,7 +69,7 @@ class DecodeGraphs:
         self.last_graph = None  # that was replayed, for measurements
 
     def can_run(self, output: SchedulerOutput) -> bool:
-        return 0 < output.num_decodes == output.num_samples == len(output.requests) <= self.buckets[-1]
+        return output.only_decodes and 0 < output.num_decodes <= self.buckets[-1]
 
     def begin(self, output: SchedulerOutput, watch: Watch = NOT_WATCHED) -> Callable[[], list[int]]:
         """Start the step; returns what waits for it and gives a token for each of output.requests.

@@ -75,7 +75,7 @@ class ModelRunner:
         if self._graphs is not None and not looked_at and self._graphs.can_run(output):
             finish = self._graphs.begin(output, keep)
         else:
-            finish = self._launch(output, keep)
+            finish = self._launch(output, requests, keep)
         self._sampled = requests
 
         def wait() -> dict[str, int]:
@@ -104,8 +104,8 @@ class ModelRunner:
                 ids.append(-1 - rows[request.request_id])
         return ids
 
-    def _launch(self, output: SchedulerOutput, keep: Watch) -> Callable[[], list[int]]:
-        """Start a step that is not replayed; returns what waits for what it samples, row by row."""
+    def _launch(self, output: SchedulerOutput, sampled: list[Request], keep: Watch) -> Callable[[], list[int]]:
+        """Start a step that is not replayed; returns what waits for what it samples: a token for each of `sampled`."""
         ids = self.input_ids(output)
         batch = self.builder.build(output, keep, ids)
         if min(ids, default=0) < 0:
@@ -114,7 +114,6 @@ class ModelRunner:
         compute = self.backend if profiler is None else profiler
         forward = getattr(self.backend, "eager_forward", compute.forward) if self.eager else compute.forward
         forward(self.weights, self.kv_cache, batch, self.buffers, self.dims)
-        sampled = sampling_requests(output)
         positions = (output.starts + output.counts)[output.samples]
         download = self._download(self.sample(sampled, positions, compute)) if sampled else None
 
