@@ -24,7 +24,7 @@ def assert_state_equals_engine(state: EngineState, engine) -> None:
         block.block_id: sorted(name for name, ids in engine.kv_cache_manager.req_to_block_ids.items()
                                if block.block_id in ids) for block in pool.blocks if block.ref_cnt}
     assert state.num_used_blocks == pool.num_blocks - pool.num_free_blocks
-    assert state.cached_blocks == {block.block_id for block in pool.blocks if block.block_hash is not None}
+    assert set(state.cached_blocks) == {block.block_id for block in pool.blocks if block.block_hash is not None}
     alive = [*scheduler.running, *scheduler.waiting]
     statuses = {r.request_id: r.status for r in state.requests.values() if r.finished_ns is None}
     assert statuses == {r.request_id: r.status.value for r in alive}
@@ -352,3 +352,25 @@ def test_a_reader_in_another_thread_misses_nothing_while_the_engine_writes():
         seen += [event.a for event in events]
     writer.join()
     assert seen == list(range(total))
+
+
+@pytest.mark.parametrize("waiting", [0, 300])
+def test_who_asks_to_be_told_again_finds_the_beginning_however_much_is_told(waiting):
+    """A pool of a GPU's size once took more events than a log holds: it was told again and again, and nothing else."""
+    engine, log = toy_engine(num_blocks=2000, block_size=4, max_num_seqs=50, max_num_batched_tokens=400), EventLog(100)
+    for i in range(100):
+        engine.add_request([i % 50, i // 50, *range(30)], greedy(2), str(i))
+    run(engine)
+    for i in range(waiting):
+        engine.add_request([i % 50, 3], greedy(2), f"w{i}")
+    engine.listen(log)
+    for _ in range(2):
+        engine.listen(log)  # once more
+        events, _ = log.read()
+        first = next(i for i in reversed(range(len(events))) if events[i].kind == "engine_config")
+        assert events[first].b == len(events) - first - 1 == waiting + 1
+        state = EngineState()
+        for event in events[first:]:
+            state.apply(event)
+        assert len(state.cached_blocks) > 500 and state.counts["waiting"] == waiting
+        assert_state_equals_engine(state, engine)

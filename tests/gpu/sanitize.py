@@ -4,8 +4,8 @@
     python -m tests.gpu.sanitize --only racecheck --json out.json
 
 The GPU tests run in shards, each in a process of its own under the tool, as many at a time as there are cores. A tool
-makes every memory access slower, racecheck the most: it gets the tests of few and small launches. What a shard cannot
-end in its time is told, and counts as a failure. Run `make gpu-test` before: then the kernels are compiled.
+makes every memory access slower, racecheck the most: it gets the tests of few and small launches. A shard that the
+limit cuts off is told, and counts as a failure. Run `make gpu-test` before: then the kernels are compiled.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tinyvllm.bench.environment import describe_environment
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
 
 
-def run_shard(tool: str, file: str, which: str, number: int, count: int, limit_s: float) -> dict:
+def run_shard(tool: str, file: str, which: str, number: int, count: int, until: float) -> dict:
     """One shard: {"shard", "errors", "passed", "seconds", "trouble": None or what went wrong}."""
     begin = time.perf_counter()
     found = {"shard": f"{tool} {file} {number}/{count}", "errors": None, "passed": 0, "trouble": None}
@@ -54,7 +54,7 @@ def run_shard(tool: str, file: str, which: str, number: int, count: int, limit_s
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                            env={**os.environ, SHARD: f"{number}/{count}"})
     try:
-        output, _ = run.communicate(timeout=limit_s)
+        output, _ = run.communicate(timeout=max(0.1, until - begin))
         found["errors"] = sum(map(int, re.findall(r"ERROR SUMMARY: (\d+) error", output)))
         found["errors"] += sum(map(int, re.findall(r"RACECHECK SUMMARY: (\d+) hazard", output)))
         found["passed"] = sum(map(int, re.findall(r"(\d+) passed", output)))
@@ -65,7 +65,7 @@ def run_shard(tool: str, file: str, which: str, number: int, count: int, limit_s
     except subprocess.TimeoutExpired:
         os.killpg(run.pid, signal.SIGKILL)  # the tool and the tests under it, which would go on without it
         output, _ = run.communicate()
-        found["trouble"] = f"not done after {limit_s:.0f} s, about {output.count('.')} tests in"
+        found["trouble"] = f"not done after {until - begin:.0f} s, about {output.count('.')} tests in"
     found["seconds"] = round(time.perf_counter() - begin, 1)
     return found
 
@@ -73,21 +73,23 @@ def run_shard(tool: str, file: str, which: str, number: int, count: int, limit_s
 def main() -> None:
     parser = argparse.ArgumentParser(description="The GPU tests under compute-sanitizer.")
     parser.add_argument("--only", choices=tuple(TESTS), help="one of the tools")
-    parser.add_argument("--limit", type=float, default=240, metavar="S", help="for a shard")
+    parser.add_argument("--limit", type=float, default=1200, metavar="S", help="for all of it (%(default)s)")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="shards at a time")
     parser.add_argument("--json", type=Path, help="write the findings to this file")
     options = parser.parse_args()
     if shutil.which("compute-sanitizer") is None:
         sys.exit("compute-sanitizer is not on the PATH: it comes with NVIDIA's CUDA toolkit")
-    shards = [(tool, file, which, number, count, options.limit) for tool, files in TESTS.items()
+    until = time.perf_counter() + options.limit
+    shards = [(tool, file, which, number, count, until) for tool, files in TESTS.items()
               if options.only in (None, tool) for file, (which, count) in files.items()
               for number in range(1, count + 1)]
+    findings = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        findings = []
-        for found in pool.map(lambda shard: run_shard(*shard), shards):
-            findings.append(found)
+        for done in as_completed([pool.submit(run_shard, *shard) for shard in shards]):
+            findings.append(found := done.result())
             print(f"{found['shard']:28} {found['errors']} errors, {found['passed']:4} tests, {found['seconds']:6} s"
                   + (f"  TROUBLE: {found['trouble']}" if found["trouble"] else ""), flush=True)
+    findings.sort(key=lambda found: found["shard"])
     tests, errors = Counter(), Counter()
     for found in findings:
         tool = found["shard"].split()[0]

@@ -87,7 +87,7 @@ _FITS: dict[str, Callable[[Any, Any], bool]] = {
     "step_failed": lambda a, b: _is_text(a),
     "blocks_allocated": lambda a, b: _are_counts(a), "blocks_shared": lambda a, b: _are_counts(a),
     "blocks_freed": lambda a, b: _are_counts(a), "blocks_evicted": lambda a, b: _are_counts(a),
-    "block_cached": lambda a, b: _is_count(a),
+    "block_cached": lambda a, b: _is_count(a) or _are_counts(a),
     "tokens": _are_tokens,
     "step_profiled": _is_profile,
 }

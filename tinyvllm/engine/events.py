@@ -20,7 +20,7 @@ while somebody listens: without an EventLog it spends one comparison with None o
 | step_failed | - | the error | - |
 | blocks_allocated | yes | [block_id, ...], fresh ones | - |
 | blocks_shared | yes | [block_id, ...], found in the prefix cache | - |
-| block_cached | yes | block_id, full and findable from now on | its number in the request |
+| block_cached | yes | block_id, full and findable from now on; told again: [block_id, ...] | its number in the request |
 | blocks_evicted | - | [block_id, ...], no longer findable | - |
 | blocks_freed | yes | [block_id, ...], let go by this request | - |
 | tokens | - | ((request_id, token id, its text as far as it is whole), ...) | told again: [its t_ns, ...] |
@@ -70,6 +70,11 @@ class EventLog:
         # No lock: there is one writer, and appending to a deque is one indivisible step.
         self._events.append((self.next_seq, t_ns, kind, self.step, request_id, a, b))
         self.next_seq += 1
+
+    def make_room(self, count: int) -> None:
+        """Hold at least so many events from now on."""
+        if count > self._events.maxlen:
+            self._events = deque(self._events, maxlen=count)
 
     def read(self, since: int = 0) -> tuple[list[Event], bool]:
         """Events from sequence number `since` on, and whether some of them are gone already (a gap)."""

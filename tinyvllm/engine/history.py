@@ -22,6 +22,7 @@ from tinyvllm.errors import TinyVLLMError
 
 _KINDS = frozenset(KINDS)
 CHAPTER_WORK = 60_000  # events, rows of batches, tokens: as many as are applied anew in a few milliseconds
+KEPT_WORK = 66 * CHAPTER_WORK  # some 400 MB: with 8 requests at a time more than `capacity`, with 256 some 5,000 steps
 PIECE = 512  # events that are applied in one go: the more, the quicker it goes
 
 _time = itemgetter(1)
@@ -44,14 +45,15 @@ class _Chapter:
 
 
 class History:
-    """Keeps at least the newest `capacity` events. One thread applies them; any may ask.
+    """Keeps at least the newest `capacity` events, unless they are of so large batches that they are more than
+    kept_work. One thread applies them; any may ask.
 
     `state` is the present one, and must not be changed. What is told again because some reader missed it adds
     nothing. If a recorded run begins again, its history does too.
     """
 
-    def __init__(self, capacity: int = 200_000, chapter_work: int = CHAPTER_WORK):
-        self.capacity = capacity
+    def __init__(self, capacity: int = 200_000, chapter_work: int = CHAPTER_WORK, kept_work: int = KEPT_WORK):
+        self.capacity, self.kept_work = capacity, kept_work
         self.chapter_work = chapter_work
         self.state = EngineState()
         self._lock = threading.Lock()
@@ -102,7 +104,8 @@ class History:
         if chapter.work >= self.chapter_work:
             breathe()
             self._chapters.append(self._chapter(self.state))
-            while self._chapters[1].first <= self._num_events - self.capacity:
+            while self._chapters[1].first <= self._num_events - self.capacity or (
+                    sum(chapter.work for chapter in self._chapters) - self._chapters[0].work >= self.kept_work):
                 self._leaving += self._chapters.popleft().events
         return new
 

@@ -26,6 +26,7 @@ def emit_snapshot(engine: "LLMEngine", events: EventLog, again: bool = False) ->
     again: this log has been told the state before; whoever missed nothing since may pass all of this over.
     """
     told = list(_tell(engine))
+    events.make_room(2 * len(told))  # who asked for it must find its beginning, and not ask for ever
     events.step = engine.num_steps
     events.emit("engine_config", None, engine_config(engine), len(told) if again else None)
     now_ns = time.perf_counter_ns()
@@ -53,9 +54,8 @@ def _tell(engine: "LLMEngine") -> Iterator[tuple]:
             *earlier, last = request.output_token_ids[:request.num_emitted_tokens]
             tokens = *((name, token_id, "") for token_id in earlier), (name, last, engine.emitted_text(name))
             yield None, "tokens", None, tokens, [_ns(t) for t in request.token_times]
-    for block in manager.pool.blocks:
-        if block.block_hash is not None:
-            yield None, "block_cached", None, block.block_id, None
+    if cached := manager.pool.cached_blocks:  # as one event: of hundreds of thousands a log would lose the first
+        yield None, "block_cached", None, sorted(block.block_id for block in cached.values()), None
 
 
 def _ns(seconds: float | None) -> int | None:

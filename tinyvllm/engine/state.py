@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import repeat
 from typing import Self
 
+from tinyvllm.engine.copy_on_write import CopyOnWriteDict
 from tinyvllm.engine.events import KINDS, Event
 from tinyvllm.engine.state_records import RequestState, Span, StepState
 from tinyvllm.engine.state_runs import apply_usual, are_usual
@@ -40,9 +41,10 @@ class EngineState:
         self.num_preempted = 0  # preemptions of the requests that are known
         self.num_cached_tokens = 0  # of the requests that are known: found in the prefix cache
         self.steps: deque[StepState] = deque(maxlen=kept_steps)
-        self.block_owners: dict[int, list[str]] = {}  # block_id -> the requests that hold it; a change makes a new list
-        self.block_places: dict[int, tuple[str, int]] = {}  # block_id -> who had it last, and as which of its blocks
-        self.cached_blocks: set[int] = set()
+        self.block_owners: CopyOnWriteDict[list[str]] = CopyOnWriteDict()  # block_id -> the requests that hold it
+        # block_id -> who had it last, and as which of its blocks
+        self.block_places: CopyOnWriteDict[tuple[str, int]] = CopyOnWriteDict()
+        self.cached_blocks: CopyOnWriteDict[None] = CopyOnWriteDict()  # a set: block_id -> None
         self.profile: dict | None = None  # the newest step that was taken apart
         self.first_step = 0  # steps that were over when the telling began
         self.next_seq = 0
@@ -95,7 +97,7 @@ class EngineState:
         other.steps = self.steps.copy()
         if other.steps:
             other.steps[-1] = replace(other.steps[-1])
-        other.block_owners = self.block_owners.copy()  # its lists are replaced, never changed
+        other.block_owners = self.block_owners.copy()
         other.block_places = self.block_places.copy()
         other.cached_blocks = self.cached_blocks.copy()
         other._finished = self._finished.copy()
@@ -123,9 +125,7 @@ class EngineState:
         self.requests, self.unfinished, self.counts = {}, {}, Counter()
         self.num_preempted = self.num_cached_tokens = 0
         self.steps = deque(maxlen=self.steps.maxlen)
-        self.block_owners = {}
-        self.block_places = {}
-        self.cached_blocks = set()
+        self.block_owners, self.block_places, self.cached_blocks = (CopyOnWriteDict() for _ in range(3))
         self.profile = None
         self._finished = OrderedDict()
         return None
@@ -230,10 +230,11 @@ class EngineState:
     _blocks_shared = _blocks_allocated
 
     def _block_cached(self, e: Event) -> None:
-        self.cached_blocks.add(e.a)
+        self.cached_blocks.update(dict.fromkeys(e.a if isinstance(e.a, list) else [e.a]))
 
     def _blocks_evicted(self, e: Event) -> None:
-        self.cached_blocks.difference_update(e.a)
+        for block_id in e.a:
+            self.cached_blocks.pop(block_id, None)
 
     def _blocks_freed(self, e: Event) -> None:
         if request := self.requests.get(e.request_id):

@@ -49,7 +49,7 @@ def apply_usual(state: "EngineState", events: Sequence[Event], handlers: dict[st
         if not i % 64:
             breathe()
         kind = event[2]
-        if kind == "block_cached":
+        if kind == "block_cached" and isinstance(event[5], int):
             cached.append(event[5])
         elif kind == "tokens":
             tokens.append(event)
@@ -58,7 +58,7 @@ def apply_usual(state: "EngineState", events: Sequence[Event], handlers: dict[st
         elif kind in _BESIDE:
             handlers[kind](state, event)
         elif kind == "blocks_evicted":
-            state.cached_blocks.update(cached)
+            state.cached_blocks.update(dict.fromkeys(cached))
             cached = []
             handlers[kind](state, event)
         else:
@@ -66,7 +66,7 @@ def apply_usual(state: "EngineState", events: Sequence[Event], handlers: dict[st
             _apply_tokens(state, tokens, breathe)
             steps, tokens = [], []
             handlers[kind](state, event)
-    state.cached_blocks.update(cached)
+    state.cached_blocks.update(dict.fromkeys(cached))
     _apply_steps(state, steps, breathe)
     _apply_tokens(state, tokens, breathe)
     state.next_seq = events[-1][0] + 1

@@ -48,7 +48,7 @@ class BlocksTopic(Topic):
         self._ref, self._filled = [0] * num_blocks, [0] * num_blocks  # as the page has them
         self._num_held = self._num_filled = self._num_saved = 0
         self._told = {name: (r.num_computed_tokens, len(r.token_ids)) for name, r in state.unfinished.items()}
-        blocks = self._blocks(state, range(num_blocks))
+        blocks = self._all_blocks(state, num_blocks)
         alive = list(state.unfinished.values())
         rows = [self._row(request) for request in alive]
         return Payload({"num_blocks": num_blocks, "block_size": state.config.get("block_size", 1),
@@ -92,6 +92,16 @@ class BlocksTopic(Topic):
         arrays["tables"] = np.array([*chain.from_iterable(request.block_ids for request in requests)], np.int32)
         arrays["table_sizes"] = np.array([len(request.block_ids) for request in requests], np.int32)
         return {"table_keys": [self._key(request.request_id) for request in requests]}
+
+    def _all_blocks(self, state: EngineState, num_blocks: int) -> dict[str, np.ndarray]:
+        """The same as `_blocks` of all of them. Most of a large pool nobody holds: they are not looked at one by one."""
+        cached, held = np.fromiter(state.cached_blocks, np.int64), sorted(state.block_owners)
+        told = self._blocks(state, held)
+        blocks = {name: np.zeros(num_blocks, told[name].dtype) for name in ("ref", "filled", "cached")}
+        blocks["filled"][cached] = state.config.get("block_size", 1)
+        blocks["cached"][cached] = 1
+        blocks["ref"][held], blocks["filled"][held] = told["ref"], told["filled"]
+        return {**blocks, "owners": told["owners"]}
 
     def _blocks(self, state: EngineState, ids: Sequence[int]) -> dict[str, np.ndarray]:
         """What there is to tell of these blocks; the totals are kept up to date by the difference."""
@@ -146,9 +156,9 @@ class BlocksTopic(Topic):
                 blocks.update(event.a)
                 retabled.add(name)
                 touched[name] = None
-            elif kind == "block_cached":
+            elif kind == "block_cached" and isinstance(event.a, int):
                 blocks.add(event.a)
-            elif kind == "blocks_evicted":
+            elif kind in ("block_cached", "blocks_evicted"):
                 blocks.update(event.a)
             elif kind == "request_finished":
                 gone.add(name)
