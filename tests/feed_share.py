@@ -7,6 +7,9 @@ In turn, round by round: nobody listens; the feed reads the events; six panels' 
 is the real one, with its thread, its pace and its pauses; its messages go to a page that acknowledges what it is asked
 to, and draws nothing. `tests.browser.feed_budget` measures the whole of it, page included.
 
+A step lasts from the end of the one before it to its own: of an engine that runs ahead two are under way at a time, and
+a look between two steps ends both.
+
 tick_ms is the processor time of a tick; frames_per_s are those that left; age_p95_ms is how old their events were then.
 """
 
@@ -77,15 +80,15 @@ class Bench:
 
     def __init__(self, model: str, device: str, requests: int, output_tokens: int):
         self.llm = LLM(model, device=device, max_num_seqs=requests, use_tqdm=False, skip_tokenizer_init=model != "demo")
-        self.live, self.begins = LiveEngine(self.llm), []
+        self.live, self.ends = LiveEngine(self.llm), []
         self.numbers, self.draw, self.output_tokens = itertools.count(), random.Random(0), output_tokens
-        inner = self.llm.engine.step
+        inner = self.llm.engine.pipeline.take_in
 
-        def step(**options):
-            self.begins.append(time.perf_counter_ns())
-            return inner(**options)
+        def take_in():
+            inner()
+            self.ends.append(time.perf_counter_ns())
 
-        self.llm.engine.step = step
+        self.llm.engine.pipeline.take_in = take_in
         self.live.on_output(lambda output: self.add() if output.finished else None)
         for _ in range(requests):
             self.add()
@@ -106,11 +109,11 @@ class Bench:
             for topic, params in TOPICS.items():
                 feed.hub.ready(topic, view=topic, **params)
         wait(0.5, feed)
-        self.begins.clear()
+        self.ends.clear()
         if feed:
             feed.forget_figures()
         wait(seconds, feed)
-        seen = list(self.begins)
+        seen = list(self.ends)
         found = {"tick_ms": 0.0, "ticks_per_s": 0.0, "frames_per_s": 0.0, "age_p95_ms": 0.0}
         if feed:
             feed.close()

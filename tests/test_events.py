@@ -356,7 +356,7 @@ def test_a_reader_in_another_thread_misses_nothing_while_the_engine_writes():
 
 @pytest.mark.parametrize("waiting", [0, 300])
 def test_who_asks_to_be_told_again_finds_the_beginning_however_much_is_told(waiting):
-    """A pool of a GPU's size once took more events than a log holds: it was told again and again, and nothing else."""
+    """A pool as large as a GPU's took more events than a log holds: it was told again and again, and nothing else."""
     engine, log = toy_engine(num_blocks=2000, block_size=4, max_num_seqs=50, max_num_batched_tokens=400), EventLog(100)
     for i in range(100):
         engine.add_request([i % 50, i // 50, *range(30)], greedy(2), str(i))

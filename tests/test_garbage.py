@@ -2,13 +2,14 @@
 
 import gc
 import threading
+import weakref
 
 import pytest
 
-from tests.toy import toy_engine
+from tests.toy import AheadToyRunner, run, toy_engine
 from tinyvllm import LLM, LiveEngine, SamplingParams
-from tinyvllm.engine import garbage
-from tinyvllm.engine.garbage import MIDDLE, RARELY, WholeCollections, no_whole_collections
+from tinyvllm.engine import garbage, pipeline
+from tinyvllm.engine.garbage import MANY, MIDDLE, RARELY, WholeCollections, collect_young, no_whole_collections
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +65,52 @@ def test_a_run_that_would_have_had_some_has_none():
     gc.collect()
     with no_whole_collections():
         assert collections() == 0
+
+
+class Link:
+    pass
+
+
+def cycles(count: int) -> list[weakref.ref]:
+    found = []
+    for _ in range(count):
+        link = Link()
+        link.link = link
+        found.append(weakref.ref(link))
+    return found
+
+
+def test_young_ones_are_looked_through_when_there_is_time_for_it():
+    gc.collect()
+    gc.set_threshold(100_000, 10, 10)
+    links = cycles(MANY)
+    collect_young()
+    assert all(link() for link in links)  # nobody holds anything back: Python does as it likes
+    with no_whole_collections():
+        collect_young()
+        assert not any(link() for link in links)
+        few = cycles(10)
+        collect_young()
+        assert all(link() for link in few)  # not worth it
+    gc.collect()
+
+
+def test_that_time_is_while_a_device_works(monkeypatch):
+    working = []
+
+    def look():
+        working.append(engine.runner.begun - engine.runner.waited)
+
+    monkeypatch.setattr(pipeline, "collect_young", look)
+    engine = toy_engine(num_blocks=30, runner_type=AheadToyRunner)
+    engine.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=20))
+    run(engine)
+    assert len(working) == 20 and set(working[1:-1]) == {2}  # the step that is waited for, and the one behind it
+    working.clear()
+    engine = toy_engine(num_blocks=30)
+    engine.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=20))
+    run(engine)
+    assert not working  # it computes in Python's own time
 
 
 def test_generate_and_a_live_engine_hold_them_back_while_they_work(monkeypatch):

@@ -12,7 +12,7 @@ from widgets.pace import Pace, switches
 if TYPE_CHECKING:
     from widgets.feed import Feed
 
-PIECE_S = 0.00015  # of processor time: so much of a frame is done in one go,
+PIECE_S = 0.00005  # of processor time: so much of a frame is done in one go,
 PAUSE_S, SHORT_PAUSE_S = 0.0005, 0.0001  # and then the engine gets the interpreter; the short one
 PATIENCE_S = 0.02  # where the pauses of a frame have taken so long: its news are getting old
 REST_S = 0.005  # between two frames, at least

@@ -20,7 +20,7 @@ while somebody listens: without an EventLog it spends one comparison with None o
 | step_failed | - | the error | - |
 | blocks_allocated | yes | [block_id, ...], fresh ones | - |
 | blocks_shared | yes | [block_id, ...], found in the prefix cache | - |
-| block_cached | yes | block_id, full and findable from now on; told again: [block_id, ...] | its number in the request |
+| block_cached | yes | block_id, full and findable from now on; told again: [block_id, ...] | number in the request |
 | blocks_evicted | - | [block_id, ...], no longer findable | - |
 | blocks_freed | yes | [block_id, ...], let go by this request | - |
 | tokens | - | ((request_id, token id, its text as far as it is whole), ...) | told again: [its t_ns, ...] |

@@ -5,7 +5,8 @@ of the process, with every thread standing still, and a process that has compile
 0.12 to 0.26 seconds were seen, in which hundreds of steps would have run. What triggers it is the number of objects
 that came and stayed, and a run makes many: events, outputs. So while one is under way, only young objects are looked
 through, which takes some milliseconds at most. And those that are no longer quite young, a tenth as often as usual:
-of a thousand steps a second one in fifty would be 0.3 ms longer. Afterwards all is as it was.
+of a thousand steps a second one in fifty would be 0.3 ms longer. Where a device computes, Python waits for it most of
+the time, and looks through the young ones then. Afterwards all is as it was.
 
     with no_whole_collections():
         while engine.has_unfinished_requests():
@@ -17,10 +18,11 @@ import gc
 import threading
 from collections.abc import Iterator
 
-__all__ = ["WholeCollections", "no_whole_collections"]
+__all__ = ["WholeCollections", "collect_young", "no_whole_collections"]
 
 MIDDLE = 100  # collections of the youngest generation to each of the middle one
-RARELY = 10_000  # and of the middle one to each of all: minutes on a GPU, hours elsewhere
+RARELY = 1_000_000  # and of the middle one to each of all: hours
+MANY = 350  # objects that have come and stayed: half of what makes Python collect
 
 _lock = threading.Lock()
 _holders = 0
@@ -54,6 +56,15 @@ class WholeCollections:
 def _while_held(thresholds: tuple[int, int, int]) -> tuple[int, int]:
     """The last two thresholds while somebody holds."""
     return max(MIDDLE, thresholds[1]), max(RARELY, thresholds[2])
+
+
+def collect_young() -> None:
+    """Look through the objects that have come lately, if they are many and somebody holds the others back.
+
+    For a moment at which Python has nothing to do: it waits for a device. Then nobody has to wait for a collection.
+    """
+    if _holders and gc.get_count()[0] >= MANY:
+        gc.collect(1)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from tinyvllm.errors import TinyVLLMError
 _KINDS = frozenset(KINDS)
 CHAPTER_WORK = 60_000  # events, rows of batches, tokens: as many as are applied anew in a few milliseconds
 KEPT_WORK = 66 * CHAPTER_WORK  # some 400 MB: with 8 requests at a time more than `capacity`, with 256 some 5,000 steps
-PIECE = 512  # events that are applied in one go: the more, the quicker it goes
+PIECE = 128  # events that are applied in one go: larger pieces are no quicker
 
 _time = itemgetter(1)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tinyvllm.engine.events import EventLog
+from tinyvllm.engine.garbage import collect_young
 from tinyvllm.engine.scheduler import Scheduler, SchedulerOutput
 
 
@@ -94,6 +95,8 @@ class Pipeline:
             self.events.step = step.number
         try:
             if step.tokens is None:
+                if self.runs_ahead:
+                    collect_young()  # the device works meanwhile
                 with self._telling_failure(step):
                     step.tokens = step.wait()
                 self._count(step)

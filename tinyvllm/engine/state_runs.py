@@ -46,7 +46,7 @@ def apply_usual(state: "EngineState", events: Sequence[Event], handlers: dict[st
     tokens: list[Event] = []
     cached: list[int] = []
     for i, event in enumerate(events, 1):
-        if not i % 64:
+        if not i % 24:
             breathe()
         kind = event[2]
         if kind == "block_cached" and isinstance(event[5], int):

@@ -94,7 +94,8 @@ class BlocksTopic(Topic):
         return {"table_keys": [self._key(request.request_id) for request in requests]}
 
     def _all_blocks(self, state: EngineState, num_blocks: int) -> dict[str, np.ndarray]:
-        """The same as `_blocks` of all of them. Most of a large pool nobody holds: they are not looked at one by one."""
+        """The same as `_blocks` of all of them. Most of a large pool nobody holds: these are not looked at one by one.
+        """
         cached, held = np.fromiter(state.cached_blocks, np.int64), sorted(state.block_owners)
         told = self._blocks(state, held)
         blocks = {name: np.zeros(num_blocks, told[name].dtype) for name in ("ref", "filled", "cached")}
@@ -147,7 +148,9 @@ class BlocksTopic(Topic):
         touched: dict[str, None] = {}
         retabled: set[str] = set()
         gone: set[str] = set()
-        for event in events:
+        for i, event in enumerate(events, 1):
+            if i % PIECE == 0:
+                self.feed.breathe()
             kind = event[2]
             if kind in _OTHER_KINDS:
                 continue
@@ -167,7 +170,9 @@ class BlocksTopic(Topic):
         # However many steps there were: the blocks between what was computed a frame ago and what is now.
         size, keeps = state.config.get("block_size", 1), state.config.get("use_kv_cache", True)
         told = self._told
-        for name, request in state.unfinished.items():
+        for i, (name, request) in enumerate(state.unfinished.items()):
+            if i % 16 == 0:
+                self.feed.breathe()
             now, before = (request.num_computed_tokens, len(request.token_ids)), told.get(name, (0, 0))
             if before != now:
                 told[name], touched[name] = now, None

@@ -10,6 +10,7 @@ changed.
 """
 
 from bisect import bisect_right
+from collections.abc import Callable
 from itertools import chain, takewhile
 from typing import Any
 
@@ -58,6 +59,7 @@ class RaceTopic(Topic):
     def delta(self, state: EngineState, events: list[Event]) -> Payload | None:
         now = self.feed.source.now_ns()
         self._seat(state, now, HOLD_NS)
+        self.feed.breathe()
         cards = self._changes(state)
         self.feed.breathe()
         totals = self._totals(state, now)
@@ -113,6 +115,8 @@ class RaceTopic(Topic):
                 if self._occupied[slot]:
                     changes.append({"slot": slot, "id": None})
                 continue
+            if slot % 4 == 3:
+                self.feed.breathe()
             numbers = self._numbers(card.request)
             if not everything and card.sent_text is not None and numbers == card.sent_numbers:
                 continue
@@ -163,7 +167,7 @@ class RaceTopic(Topic):
         counts = state.counts
         return {"requests": len(state.requests), "running": counts["running"], "waiting": counts["waiting"],
                 "preempted": counts["preempted"], "finished": len(state.requests) - len(state.unfinished),
-                "rate": _recent_tokens(state, now_ns) * 1e9 / WINDOW_NS}
+                "rate": _recent_tokens(state, now_ns, self.feed.breathe) * 1e9 / WINDOW_NS}
 
 
 def parent_of(request: RequestState, requests: dict[str, RequestState]) -> str | None:
@@ -188,9 +192,14 @@ def _newest_ns(state: EngineState) -> int:
     return max([steps, *tokens], default=0)
 
 
-def _recent_tokens(state: EngineState, now_ns: int) -> int:
+def _recent_tokens(state: EngineState, now_ns: int, breathe: Callable[[], None]) -> int:
     """How many tokens came in the last second before `now_ns`."""
-    since = now_ns - WINDOW_NS
+    since, count = now_ns - WINDOW_NS, 0
     ended = takewhile(lambda request: request.finished_ns > since, state.finished_newest_first())
-    return sum(len(r.token_ns) - bisect_right(r.token_ns, since) for r in chain(state.unfinished.values(), ended)
-               if r.token_ns and r.token_ns[-1] > since)
+    for i, request in enumerate(chain(state.unfinished.values(), ended), 1):
+        if i % 32 == 0:
+            breathe()
+        times = request.token_ns
+        if times and times[-1] > since:
+            count += len(times) - bisect_right(times, since)
+    return count

@@ -63,6 +63,7 @@ class TimelineTopic(Topic):
         begun = sum(event[2] == "step_begun" for event in events)
         # However many steps there were: who has more tokens than a frame ago, and who had an event of his own.
         touched = {event[4] for event in events if event[2].startswith("request_")}
+        self.feed.breathe()
         for name, request in state.unfinished.items():
             known = self._known.get(name)
             if known is None or known.num_tokens != len(request.token_ids):
@@ -85,7 +86,9 @@ class TimelineTopic(Topic):
                  clear: bool) -> Payload:
         requests = sorted(requests, key=lambda r: r.added_ns)
         added, spans = [], []
-        for request in requests:
+        for i, request in enumerate(requests):
+            if i % 16 == 0:
+                self.feed.breathe()
             known = self._known.get(request.request_id)
             if known is None or known.added_ns != request.added_ns:  # an id that is used again is another request
                 known = self._known[request.request_id] = Known(self._numbers, request.added_ns)
@@ -95,7 +98,9 @@ class TimelineTopic(Topic):
             spans += self._new_spans(request)
         self.feed.breathe()
         step_rows, chunks = [], []
-        for step in steps:
+        for i, step in enumerate(steps, 1):
+            if i % 64 == 0:
+                self.feed.breathe()
             row, pieces = self._step(step, state)
             step_rows.append(row)
             chunks += pieces
