@@ -1,5 +1,7 @@
 """A step ahead: the runner is given the next step before this one's tokens are known, and nobody can tell."""
 
+import time
+
 import pytest
 
 from tests.test_events import assert_state_equals_engine, catch_up
@@ -232,3 +234,36 @@ def test_without_a_kv_cache_there_is_no_step_ahead():
     engine = ahead_engine(use_kv_cache=False, enable_prefix_caching=False)
     engine.add_request([1, 2, 3], greedy(6), "a")
     assert tokens(run(engine)["a"]) == continuation([1, 2, 3], 6) and engine.runner.most_ahead == 1
+
+
+def test_others_are_told_how_long_it_will_wait():
+    spare, fails = [], []
+
+    class SlowRunner(AheadToyRunner):
+        def begin(self, output):
+            inner = super().begin(output)
+
+            def wait():
+                spare.append(engine.pipeline.spare_s())
+                time.sleep(0.005)
+                spare.append(engine.pipeline.spare_s())
+                time.sleep(0.015)
+                if fails:
+                    raise KeyboardInterrupt
+                return inner()
+
+            return wait
+
+    engine = toy_engine(num_blocks=30, runner_type=SlowRunner)
+    engine.add_request([1, 2, 3], greedy(6))
+    assert engine.pipeline.spare_s() == 0.0
+    run(engine)
+    begins, later = spare[2::2], spare[3::2]  # of the first wait nothing can be known
+    assert len(begins) == 5 and min(begins) > 0.015 and all(a - b > 0.0049 for a, b in zip(begins, later))
+    assert engine.pipeline.spare_s() == 0.0
+    engine.add_request([1, 2, 3], greedy(6))
+    fails.append(True)
+    with pytest.raises(KeyboardInterrupt):
+        run(engine)
+    assert engine.pipeline.spare_s() == 0.0
+    assert toy_engine().pipeline.spare_s() is None  # it computes in Python's own time

@@ -257,6 +257,33 @@ def test_a_frame_pauses_after_every_piece_and_for_less_when_its_news_are_getting
         pump._thread = threading.current_thread()
 
 
+def test_a_frame_is_made_while_a_device_works(pump_and_clock):
+    """Of each millisecond the device works 0.8, and the engine needs the interpreter in the rest of it."""
+    pump, clock = pump_and_clock
+    needed = []
+
+    def spare_s():
+        return max(0.0, 0.0008 - clock.now % 0.001)
+
+    def tick():
+        for _ in range(800):
+            before = clock.now % 0.001
+            clock.work(0.00001)
+            needed.append(before >= 0.0008)
+            pump.breathe()
+
+    pump._feed.source.spare_s = spare_s
+    pump._feed.tick = tick
+    pump._frame()
+    assert sum(needed) <= 6  # the first piece began whenever it did; 160 of 800 without a look at the device
+    assert max(clock.pauses) <= SHORT_PAUSE_S and clock.now < 0.008 / 0.6
+    pump._feed.source.spare_s = lambda: 0.0  # an engine that never waits, and news that become old
+    needed.clear()
+    clock.pauses.clear()
+    pump._frame()
+    assert 0.008 / PIECE_S * 0.8 < len(clock.pauses) < 0.008 / PIECE_S * 6  # still done, piece by piece
+
+
 def test_the_reading_of_events_makes_no_frames_rarer(pump_and_clock):
     pump, clock = pump_and_clock
 

@@ -1,4 +1,12 @@
-"""The pump: the thread in which a feed reads, computes and sends its frames, in pieces that hold up no engine."""
+"""The pump: the thread in which a feed reads, computes and sends its frames, in pieces that hold up no engine.
+
+Of an engine that waits for a device most of the time, the pump works while it waits, and is done some time before:
+
+    engine   | schedule, launch | wait for the device ........................ | schedule, launch | wait ...
+    pump                          | frame, as far as it comes ....... |                             | and so on ...
+
+Of one that computes in this process it does a small piece at a time. What is old by then is done all the same.
+"""
 
 import queue
 import threading
@@ -13,6 +21,7 @@ if TYPE_CHECKING:
     from widgets.feed import Feed
 
 PIECE_S = 0.00005  # of processor time: so much of a frame is done in one go,
+END_S = 0.0001  # before a device is done, the pump is: no piece takes longer
 PAUSE_S, SHORT_PAUSE_S = 0.0005, 0.0001  # and then the engine gets the interpreter; the short one
 PATIENCE_S = 0.02  # where the pauses of a frame have taken so long: its news are getting old
 REST_S = 0.005  # between two frames, at least
@@ -31,6 +40,7 @@ class Pump:
         self._thread = threading.Thread(target=self._run, name="tinyvllm-feed", daemon=True)
         self._went_on = 0.0  # processor time of the thread after the last pause
         self._patience_s = 0.0
+        self._beside = False  # it works while the engine waits for its device
 
     def start(self) -> None:
         self._thread.start()
@@ -51,11 +61,26 @@ class Pump:
     def breathe(self) -> None:
         """Between two pieces of a frame, however small: an engine at full speed is held up by one of PIECE_S and not by
         the sum."""
-        if threading.current_thread() is not self._thread or time.thread_time() - self._went_on < PIECE_S:
+        if threading.current_thread() is not self._thread:
             return
+        spare_s = self._spare_s()
+        if spare_s is not None and spare_s > END_S:
+            self._beside = True
+        elif self._beside or time.thread_time() - self._went_on >= PIECE_S:
+            self._pause(PAUSE_S if spare_s is None else SHORT_PAUSE_S)
+
+    def _spare_s(self) -> float | None:
+        """For how long the engine's device will likely work yet; None: there is none."""
+        return getattr(self._feed.source, "spare_s", lambda: None)()
+
+    def _pause(self, look_every_s: float) -> None:
+        """Let the engine have the interpreter: for a while, or until it waits for its device again."""
+        self._beside = False
         if self._feed.source.state == "running":
-            began = time.monotonic()
-            time.sleep(PAUSE_S if self._patience_s > 0 else SHORT_PAUSE_S)
+            began, longest = time.monotonic(), PAUSE_S if self._patience_s > 0 else SHORT_PAUSE_S
+            while not self._beside and time.monotonic() < began + longest:
+                time.sleep(min(look_every_s, longest))
+                self._beside = (self._spare_s() or 0.0) > END_S
             self._patience_s -= time.monotonic() - began
         self._went_on = time.thread_time()
 

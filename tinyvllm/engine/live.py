@@ -174,6 +174,12 @@ class LiveEngine(Driver):
         """"cpu" or "cuda": where the engine computes. (A ReplayEngine's is "replay".)"""
         return self.llm.device
 
+    def spare_s(self) -> float | None:
+        """For so many seconds the engine's thread will likely wait for its device yet; 0 or less: it works; None: it
+        computes itself. For threads that can choose when to work."""
+        engine = self.llm.engine
+        return None if engine is None else engine.pipeline.spare_s()
+
     def now_ns(self) -> int:
         """The time of this run, in nanoseconds: what an event that happened now would carry."""
         return time.perf_counter_ns()

@@ -57,11 +57,21 @@ class Pipeline:
         self.num_steps = self.num_prompt_tokens = self.num_output_tokens = 0
         self.last_step_tokens = 0
         self.begin = getattr(runner, "begin", None)
+        self._wait_began = 0.0  # time.perf_counter(); 0: nothing is waited for
+        self._usual_wait_s = 0.0
 
     @property
     def runs_ahead(self) -> bool:
         """Whether the runner can be given a step ahead. Without a KV cache a step needs every token, also the last."""
         return getattr(self.runner, "runs_ahead", False) and self.scheduler.use_kv_cache
+
+    def spare_s(self) -> float | None:
+        """For so many seconds a device that is waited for will likely work yet, and nobody here needs the interpreter;
+        0 or less: somebody does. None: the runner computes in this process, and there is no such time. Any thread."""
+        if not self.runs_ahead:
+            return None
+        began = self._wait_began
+        return began + self._usual_wait_s - time.perf_counter() if began else 0.0
 
     def launch(self) -> None:
         """Schedule a step and give it to the runner, if there is something to do."""
@@ -95,10 +105,8 @@ class Pipeline:
             self.events.step = step.number
         try:
             if step.tokens is None:
-                if self.runs_ahead:
-                    collect_young()  # the device works meanwhile
                 with self._telling_failure(step):
-                    step.tokens = step.wait()
+                    step.tokens = self._wait(step)
                 self._count(step)
             self.scheduler.update(step.batch, step.tokens)
         except BaseException:  # what was given to the runner since is built on this: all of it is scheduled again
@@ -106,6 +114,19 @@ class Pipeline:
                 self.scheduler.take_back(self.steps.pop().batch)
             raise
         self.steps.popleft()
+
+    def _wait(self, step: UnderWay) -> dict[str, int]:
+        if not self.runs_ahead:
+            return step.wait()
+        collect_young()  # the device works meanwhile
+        self._wait_began = began = time.perf_counter()
+        try:
+            return step.wait()
+        finally:
+            self._wait_began, waited = 0.0, time.perf_counter() - began
+            # Soon shorter, slowly longer: a wait whose end another thread held up is no measure for the next.
+            rises = 0 < self._usual_wait_s < waited
+            self._usual_wait_s += (waited - self._usual_wait_s) / (8 if rises else 1)
 
     def promote(self) -> None:
         """All of the step before has been told: now that the one behind it runs, if anybody needs it."""
