@@ -105,6 +105,8 @@ class HostBackend(HostMemory):
 class HostPeer(TorchPeer):
     """torch on the CPU."""
 
+    device = "cpu"
+
     def __init__(self):
         import torch
 

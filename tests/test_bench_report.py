@@ -10,7 +10,16 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 
-from tinyvllm.bench import gpu_engine, gpu_kernels, gpu_peers, gpu_report, gpu_start, gpu_tables, plot
+from tinyvllm.bench import (
+    gpu_engine,
+    gpu_kernels,
+    gpu_peers,
+    gpu_report,
+    gpu_start,
+    gpu_tables,
+    plot,
+    transformers_peer,
+)
 from tinyvllm.bench.cpu import LLAMA_3_2_1B
 from tinyvllm.bench.gpu_model import Served, Sizes
 from tinyvllm.bench.gpu_parts import PARTS
@@ -75,7 +84,9 @@ def measured_labels(monkeypatch):
             (gpu_peers, "_attention_times", lambda *a: ([1.0], [1.0])),
             (gpu_start.subprocess, "run", lambda *a, **k: SimpleNamespace(
                 returncode=0, stdout=json.dumps({"weights": 1.0, "to the first token": 2.0}))),
-            (gpu_start, "forget_file", lambda path: None)):
+            (gpu_start, "forget_file", lambda path: None),
+            (transformers_peer, "TransformersPeer", MagicMock(return_value=MagicMock(
+                eager_rate=lambda *a: 1.0, fixed_run=lambda *a: (None, 1.0))))):
         monkeypatch.setattr(module, name, value)
     found = {label: figures for part in PARTS.values() for label, figures in part(bench, 1, MagicMock, None)}
     found |= dict(gpu_start.starts(MagicMock(__truediv__=lambda *a: Path(__file__))))

@@ -1,13 +1,16 @@
 """What the live panels cost the engine, measured where it counts: a real JupyterLab in a real Chromium.
 
     python -m tests.browser.feed_budget                 # about four minutes; writes tinyvllm/bench/results/feed.json
+    python -m tests.browser.feed_budget --no-browser --device cuda --model FOLDER --json out.json
 
 In turn, round by round: nobody listens; the feed listens and every panel is hidden; six panels are visible. The engine
-is kept busy with `--requests` requests of the embedded model: its steps are the shortest there are, so the feed's share
-is at its largest. A step's time is from its beginning to the next one's beginning.
+is kept busy with `--requests` requests, of the embedded model if nothing else is said: its steps are the shortest there
+are, so the feed's share is at its largest. A step's time is from the end of the one before it to its own.
 
 Twice: once the kernel, engine and feed in it, has a processor core for itself, so that what is seen is the feed's cost
 and not that of a browser which draws without a GPU; once everything shares the processor, as on a small laptop.
+With --no-browser the kernel is a real one and has all cores, and a client acknowledges what a page would draw: the cost
+on a machine whose kernel need not share a core, or that has no browser.
 
 Budget: mean step +3%, 99th percentile +10%, at most 150 messages a second both ways, 100 ms at the 95th percentile
 from an event to its pixels.
@@ -21,45 +24,28 @@ import tempfile
 import time
 from pathlib import Path
 
-import nbformat
-
-from tests.browser.chromium import shared_browser
-from tests.browser.lab import Lab
+from tests.feed_share import TOPICS
+from tests.kernel_page import KernelPage
 from tinyvllm.bench.environment import describe_environment
 
-RESULTS = Path(__file__).parents[2] / "tinyvllm/bench/results/feed.json"
+REPOSITORY = Path(__file__).parents[2]
+RESULTS = REPOSITORY / "tinyvllm/bench/results/feed.json"
 PANELS = ("ControlBar", "SchedulerTimeline", "KVBlockMap", "TokenRace", "AttentionScope", "StepAnatomy")
 BUDGET = {"mean": 1.03, "p99": 1.10, "messages_per_s": 150, "latency_p95_ms": 100}
+NO_BROWSER = "a kernel with all cores, no browser"
 
 SETUP = """
-import itertools, json, os, time
+import json, os, sys
 if {core} is not None:
     for thread in os.listdir("/proc/self/task"):
         os.sched_setaffinity(int(thread), {{{core}}})
+sys.path.insert(0, {repository!r})
 from IPython.display import display
-from tinyvllm import LLM, SamplingParams
-from tinyvllm.engine.live import LiveEngine
+from tests.feed_share import Bench
 from widgets import Dashboard
 
-llm = LLM("demo", device="{device}", max_num_seqs={requests}, use_tqdm=False)
-live = LiveEngine(llm)
-numbers = itertools.count()
-
-def one_more():
-    i = next(numbers)
-    live.chat([{{"role": "user", "content": f"Tell me story {{i}} about a fox."}}],
-              SamplingParams(seed=i, max_tokens=400, ignore_eos=True))
-
-live.on_output(lambda output: one_more() if output.finished else None)
-begins, inner = [], llm.engine.step
-
-def step(**options):
-    begins.append(time.perf_counter_ns())
-    return inner(**options)
-
-llm.engine.step = step
-for _ in range({requests}):
-    one_more()
+bench = Bench({model!r}, {device!r}, {requests}, 400)
+live, ends = bench.live, bench.ends
 """
 SHOW = "dashboard = Dashboard(live, panels={panels!r}); feed = dashboard.feed; display(dashboard)"
 
@@ -70,17 +56,31 @@ PHASES = {
 }
 
 
+class BrowserPage:
+    """The notebook in JupyterLab, with the methods of a KernelPage."""
+
+    def __init__(self, page):
+        self._page, self.python = page, page.python
+
+    def show(self, visible: bool) -> None:
+        self._page.page.evaluate(
+            "(shown) => document.querySelectorAll('.tv-panel').forEach((panel) => { panel.style.display = shown; })",
+            "block" if visible else "none")
+
+    def wait(self, seconds: float) -> None:
+        self._page.page.wait_for_timeout(seconds * 1e3)
+
+
 def measure(page, phase: str, seconds: float) -> dict:
     """One phase: the engine's step times, the feed's messages and latency, over some seconds."""
-    shown = "block" if phase == "six panels visible" else "none"
     page.python(PHASES[phase])
-    page.page.evaluate("(d) => document.querySelectorAll('.tv-panel').forEach((p) => { p.style.display = d; })", shown)
-    page.page.wait_for_timeout(700)
-    page.python("begins.clear(); feed.stats.latency_ms.clear(); first = (feed.stats.frames, feed.stats.messages_in, "
+    page.show(phase == "six panels visible")
+    page.wait(0.7)
+    page.python("ends.clear(); feed.stats.latency_ms.clear(); first = (feed.stats.frames, feed.stats.messages_in, "
                 "feed.stats.pump_s, feed.stats.bytes)")
-    page.page.wait_for_timeout(seconds * 1e3)
+    page.wait(seconds)
     return json.loads(page.python("""
-seen, last = list(begins), (feed.stats.frames, feed.stats.messages_in, feed.stats.pump_s, feed.stats.bytes)
+seen, last = list(ends), (feed.stats.frames, feed.stats.messages_in, feed.stats.pump_s, feed.stats.bytes)
 steps = sorted((b - a) / 1e6 for a, b in zip(seen, seen[1:]))
 print(json.dumps({"steps": len(steps), "mean_ms": sum(steps) / len(steps), "median_ms": steps[len(steps) // 2],
     "p99_ms": steps[int(0.99 * len(steps))], "frames": last[0] - first[0], "messages_in": last[1] - first[1],
@@ -88,43 +88,70 @@ print(json.dumps({"steps": len(steps), "mean_ms": sum(steps) / len(steps), "medi
     "trouble": repr(feed.error) if feed.error else None}))"""))
 
 
-def run(device: str, requests: int, seconds: float, rounds: int, own_core: bool) -> dict:
+def run(options: argparse.Namespace, own_core: bool) -> dict:
     """Measure all phases in a new JupyterLab. own_core: the kernel gets one core, and all the rest the others."""
+    from tests.browser.chromium import shared_browser  # here: without a browser nothing of it need be there
+
     cores = os.sched_getaffinity(0) if own_core else set()
     core = min(cores, default=None)
     if own_core:
         os.sched_setaffinity(0, cores - {core})  # this process, and the server and the browser that it starts
     try:
-        return _run(device, requests, seconds, rounds, core)
+        return _run(options, core)
     finally:
         shared_browser.close()
         if own_core:
             os.sched_setaffinity(0, cores)
 
 
-def _run(device: str, requests: int, seconds: float, rounds: int, core: int | None) -> dict:
+def _run(options: argparse.Namespace, core: int | None) -> dict:
+    import nbformat
+
+    from tests.browser.lab import Lab
+
     with tempfile.TemporaryDirectory() as folder, Lab(Path(folder)) as lab:
-        notebook = nbformat.v4.new_notebook(cells=[
-            nbformat.v4.new_code_cell(SETUP.format(device=device, requests=requests, core=core)),
-            nbformat.v4.new_code_cell(SHOW.format(panels=PANELS))])
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(_setup(options, core)),
+                                                   nbformat.v4.new_code_cell(SHOW.format(panels=PANELS))])
         notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
         nbformat.write(notebook, Path(folder) / "budget.ipynb")
         page = lab.open("budget.ipynb", height=2600)
         page.run_all()
         page.page.wait_for_selector(".tv-panel", timeout=30_000)
-        while int(page.python("assert live.error is None, live.error\nprint(len(begins))")) < 500:  # kernels may have to
-            page.page.wait_for_timeout(500)  # be compiled
-        measure(page, "six panels visible", 3)  # once for everybody to warm up
-        taken = {phase: [] for phase in PHASES}
-        for i in range(rounds):
-            for phase in list(PHASES) if i % 2 == 0 else list(PHASES)[::-1]:
-                taken[phase].append(measure(page, phase, seconds))
-                last = taken[phase][-1]
-                print(f"round {i + 1}, {phase}: {last['mean_ms']:.3f} ms mean, {last['p99_ms']:.3f} p99, "
-                      f"{last['frames']} frames, {last['trouble'] or 'no trouble'}", flush=True)
+        found = take_rounds(BrowserPage(page), options)
         assert page.errors == [] and page.outside == [], (page.errors, page.outside)
         page.shutdown()
-    return summarise(taken, seconds)
+    return found
+
+
+def run_without_browser(options: argparse.Namespace) -> dict:
+    """The same, with a client that acknowledges in the place of JupyterLab's page."""
+    with KernelPage() as page:
+        page.python(_setup(options, None))
+        page.python(SHOW.format(panels=PANELS))
+        page.listen(page.python("print(feed.hub.model_id)").strip(), TOPICS)
+        found = take_rounds(page, options)
+        assert page.errors == [], page.errors
+    return found
+
+
+def _setup(options: argparse.Namespace, core: int | None) -> str:
+    return SETUP.format(model=options.model, device=options.device, requests=options.requests, core=core,
+                        repository=str(REPOSITORY))
+
+
+def take_rounds(page, options: argparse.Namespace) -> dict:
+    """Every phase in every round, after all have warmed up."""
+    while int(page.python("assert live.error is None, live.error\nprint(len(ends))")) < 500:  # kernels may have to be
+        page.wait(0.5)  # compiled
+    measure(page, "six panels visible", 3)
+    taken = {phase: [] for phase in PHASES}
+    for i in range(options.rounds):
+        for phase in list(PHASES) if i % 2 == 0 else list(PHASES)[::-1]:
+            taken[phase].append(measure(page, phase, options.seconds))
+            last = taken[phase][-1]
+            print(f"round {i + 1}, {phase}: {last['mean_ms']:.3f} ms mean, {last['p99_ms']:.3f} p99, "
+                  f"{last['frames']} frames, {last['trouble'] or 'no trouble'}", flush=True)
+    return summarise(taken, options.seconds)
 
 
 def summarise(taken: dict[str, list[dict]], seconds: float) -> dict:
@@ -149,32 +176,35 @@ def summarise(taken: dict[str, list[dict]], seconds: float) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What six live panels cost the engine.")
+    parser.add_argument("--model", default="demo", help="a folder; without a tokenizer it will do (%(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each phase in each round")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--only", help="one of the two ways, by a word of its name: itself, shares")
+    parser.add_argument("--no-browser", action="store_true", help="a kernel alone, and a client that draws nothing")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where the results go")
     parser.add_argument("--no-store", action="store_true", help="do not write the results file")
     options = parser.parse_args()
-    ways = ["everything shares the processor"]
-    if hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) > 1:
+    ways = [NO_BROWSER] if options.no_browser else ["everything shares the processor"]
+    if not options.no_browser and hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) > 1:
         ways.insert(0, "the kernel has a core for itself")
     if options.only:
         ways = [way for way in ways if options.only in way]
     found = {}
     for way in ways:
         print(f"---- {way}", flush=True)
-        found[way] = run(options.device, options.requests, options.seconds, options.rounds, "itself" in way)
+        found[way] = run_without_browser(options) if options.no_browser else run(options, "itself" in way)
         shown = found[way]["phases"]["six panels visible"]
         print(f"mean x{shown['mean_ratio']:.3f} (budget {BUDGET['mean']}), "
               f"p99 x{shown['p99_ratio']:.3f} ({BUDGET['p99']}), {found[way]['messages_per_s']:.0f} messages/s "
               f"({BUDGET['messages_per_s']}), latency {found[way]['latency_ms']}", flush=True)
     if not options.no_store:
-        record = {"command": f"python -m tests.browser.feed_budget --device {options.device} --requests "
-                             f"{options.requests}", "date": time.strftime("%Y-%m-%d"), "rounds": options.rounds,
-                  "seconds": options.seconds, "panels": PANELS, "budget": BUDGET,
-                  "environment": describe_environment(), **found}
-        RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+        record = {"command": f"python -m tests.browser.feed_budget{' --no-browser' * options.no_browser} --device "
+                             f"{options.device} --requests {options.requests}", "date": time.strftime("%Y-%m-%d"),
+                  "rounds": options.rounds, "seconds": options.seconds, "panels": PANELS, "budget": BUDGET,
+                  "environment": describe_environment("numba-cuda"), **found}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 The GPU tests run in shards, each in a process of its own under the tool, as many at a time as there are cores. A tool
 makes every memory access slower, racecheck the most: it gets the tests of few and small launches. A shard that the
-limit cuts off is told, and counts as a failure. Run `make gpu-test` before: then the kernels are compiled.
+limit cuts off is told, and counts as a failure. First each tool has to find the fault in a kernel that has one. Run
+`make gpu-test` before: then the kernels are compiled.
 """
 
 import argparse
@@ -46,28 +47,46 @@ def pytest_collection_modifyitems(config, items):
 
 def run_shard(tool: str, file: str, which: str, number: int, count: int, until: float) -> dict:
     """One shard: {"shard", "errors", "passed", "seconds", "trouble": None or what went wrong}."""
+    command = ["pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.gpu.sanitize", "-m", "gpu",
+               FOLDER / f"test_gpu_{file}.py", *(["-k", which] if which else [])]
+    found = run_tool(tool, command, until, {SHARD: f"{number}/{count}"})
+    output, code = found.pop("output"), found.pop("code")
+    if code is None:
+        found["trouble"] = f"not done after {found['seconds']} s, about {output.count('.')} tests in"
+    elif code:
+        found["trouble"] = f"ended with {code}: {output[-1500:]}"
+    elif not found["passed"]:
+        found["trouble"] = "no test ran"
+    return {"shard": f"{tool} {file} {number}/{count}", **found}
+
+
+def run_control(tool: str, until: float) -> dict:
+    """The kernel that is wrong on purpose: a shard whose trouble is that nothing was found."""
+    found = run_tool(tool, ["tests.gpu.faulty", tool], until)
+    output, _ = found.pop("output"), found.pop("code")
+    seen = found.pop("errors")
+    if not seen:
+        found["trouble"] = f"it does not see the fault of a faulty kernel: {output[-1500:]}"
+    return {"shard": f"{tool} faulty kernel, seen {seen} times", "errors": 0, **found}
+
+
+def run_tool(tool: str, module: list, until: float, environment: dict[str, str] | None = None) -> dict:
+    """python -m `module` under a tool: {"errors", "passed", "seconds", "trouble": None, "output", "code"}; code is None
+    if the time was up."""
     begin = time.perf_counter()
-    found = {"shard": f"{tool} {file} {number}/{count}", "errors": None, "passed": 0, "trouble": None}
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q",
-               "-p", "no:cacheprovider", "-p", "tests.gpu.sanitize", "-m", "gpu", FOLDER / f"test_gpu_{file}.py"]
-    run = subprocess.Popen([*map(str, command), *(["-k", which] if which else [])], text=True, start_new_session=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                           env={**os.environ, SHARD: f"{number}/{count}"})
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", *module]
+    run = subprocess.Popen([*map(str, command)], text=True, start_new_session=True, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})})
     try:
         output, _ = run.communicate(timeout=max(0.1, until - begin))
-        found["errors"] = sum(map(int, re.findall(r"ERROR SUMMARY: (\d+) error", output)))
-        found["errors"] += sum(map(int, re.findall(r"RACECHECK SUMMARY: (\d+) hazard", output)))
-        found["passed"] = sum(map(int, re.findall(r"(\d+) passed", output)))
-        if run.returncode:
-            found["trouble"] = f"ended with {run.returncode}: {output[-1500:]}"
-        elif not found["passed"]:
-            found["trouble"] = "no test ran"
+        code = run.returncode
     except subprocess.TimeoutExpired:
         os.killpg(run.pid, signal.SIGKILL)  # the tool and the tests under it, which would go on without it
-        output, _ = run.communicate()
-        found["trouble"] = f"not done after {until - begin:.0f} s, about {output.count('.')} tests in"
-    found["seconds"] = round(time.perf_counter() - begin, 1)
-    return found
+        output, code = run.communicate()[0], None
+    found = re.findall(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: )(\d+)", output)
+    return {"errors": sum(map(int, found)) if code is not None else None, "trouble": None, "output": output,
+            "passed": sum(map(int, re.findall(r"(\d+) passed", output))), "code": code,
+            "seconds": round(time.perf_counter() - begin, 1)}
 
 
 def main() -> None:
@@ -80,14 +99,15 @@ def main() -> None:
     if shutil.which("compute-sanitizer") is None:
         sys.exit("compute-sanitizer is not on the PATH: it comes with NVIDIA's CUDA toolkit")
     until = time.perf_counter() + options.limit
-    shards = [(tool, file, which, number, count, until) for tool, files in TESTS.items()
-              if options.only in (None, tool) for file, (which, count) in files.items()
-              for number in range(1, count + 1)]
+    tools = [tool for tool in TESTS if options.only in (None, tool)]
+    work = [(run_control, tool, until) for tool in tools]
+    work += [(run_shard, tool, file, which, number, count, until) for tool in tools
+             for file, (which, count) in TESTS[tool].items() for number in range(1, count + 1)]
     findings = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for done in as_completed([pool.submit(run_shard, *shard) for shard in shards]):
+        for done in as_completed([pool.submit(*piece) for piece in work]):
             findings.append(found := done.result())
-            print(f"{found['shard']:28} {found['errors']} errors, {found['passed']:4} tests, {found['seconds']:6} s"
+            print(f"{found['shard']:38} {found['errors']} errors, {found['passed']:4} tests, {found['seconds']:6} s"
                   + (f"  TROUBLE: {found['trouble']}" if found["trouble"] else ""), flush=True)
     findings.sort(key=lambda found: found["shard"])
     tests, errors = Counter(), Counter()

@@ -20,6 +20,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from tinyvllm.bench.environment import describe_environment
+from tinyvllm.bench.transformers_peer import TransformersPeer
 from tinyvllm.kernels.threads import available_cores, configure_threads
 from tinyvllm.model.config import ModelConfig
 from tinyvllm.model.llama import Batch, Buffers, Dims, KVCache
@@ -117,38 +118,16 @@ def fill_random(array: np.ndarray, one: bool) -> None:
 
 def serve_peer(raw_config: dict, threads: int) -> None:
     """Answer lines of "kind size" on standard input with tokens per second of transformers."""
-    import torch
-    from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
-
-    torch.set_num_threads(threads)
-    torch.set_grad_enabled(False)
-    not_fields = ("torch_dtype", "dtype", "model_type", "architectures")
-    config = LlamaConfig(**{key: value for key, value in raw_config.items() if key not in not_fields})
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    model = model.to_empty(device="cpu")
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    model.tie_weights()
-    for name, parameter in model.named_parameters():
-        parameter.fill_(1) if "norm" in name else parameter.normal_(0, 0.02)
-    model.eval()
-
-    def step(token_ids, cache):
-        logits = model(token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        return logits[:, -1].argmax(-1, keepdim=True)
+    peer = TransformersPeer(raw_config, "cpu")
+    peer.torch.set_num_threads(threads)
 
     def measure(kind, size):
-        cache = DynamicCache(config=config)
-        if kind == "prefill":
-            token_ids = torch.randint(0, config.vocab_size, (1, size))
-            start = time.perf_counter()
-            step(token_ids, cache)
-            return size / (time.perf_counter() - start)
-        token_ids = step(torch.randint(0, config.vocab_size, (size, PROMPT)), cache)
+        if kind == "decode":
+            return peer.eager_rate(size, PROMPT, NEW + 1)
+        token_ids = peer.prompts(1, size)
         start = time.perf_counter()
-        for _ in range(NEW):
-            token_ids = step(token_ids, cache)
-        return size * NEW / (time.perf_counter() - start)
+        peer.step(token_ids, peer.growing_cache())
+        return size / (time.perf_counter() - start)
 
     measure("decode", 1)
     print("ready", flush=True)

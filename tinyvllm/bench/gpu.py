@@ -1,6 +1,6 @@
 """Speed of the CUDA backend at the Llama-3.2-1B shape, random weights, beside what the same GPU could do at most.
 
-Where torch is there, cuBLAS and cuDNN run the same work in the same process.
+Where torch is there, cuBLAS and cuDNN run the same work in the same process, and transformers the decoding.
 
     python -m tinyvllm.bench.gpu --processes 3 --json out.json     everything, in three processes one after the other
     python -m tinyvllm.bench.gpu --only decode,ttft                some of it (see PARTS and "start")
@@ -133,7 +133,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--config", help="a config.json; without it, the shape of Llama 3.2 1B")
     parser.add_argument("--eager", action="store_true", help="operations one by one, as enforce_eager=True")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction,
-                        help="cuBLAS and cuDNN through torch (default: if torch with CUDA is there)")
+                        help="cuBLAS, cuDNN, transformers (default: if torch with CUDA is there)")
     parser.add_argument("--part-limit", type=float, default=240, help="seconds after which a part is given up")
     parser.add_argument("--process-limit", type=float, default=420, help="seconds after which a process is ended")
     parser.add_argument("--total-limit", type=float, help="seconds for everything: what would not fit is not begun")

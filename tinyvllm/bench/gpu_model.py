@@ -68,6 +68,7 @@ class Bench:
 
             backend = CUDABackend(enforce_eager=eager)
         self.config, self.backend, self.sizes = ModelConfig.from_dict(raw_config), backend, sizes
+        self.raw_config = raw_config
         store = WeightStore(self.config, backend)
         bits = random_bits(1 << 24)
         for name, array in store.arrays.items():

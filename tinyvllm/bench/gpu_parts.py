@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tinyvllm.bench import gpu_engine, gpu_kernels, gpu_peers
+from tinyvllm.bench import gpu_engine, gpu_kernels, gpu_peers, transformers_peer
 from tinyvllm.bench.environment import describe_environment
 from tinyvllm.bench.gpu_model import Bench
 from tinyvllm.bench.gpu_report import rounded, write_results
@@ -31,6 +31,8 @@ PARTS: dict[str, Callable] = {
     "prefill_attention": lambda bench, rounds, peer, note: gpu_peers.prefill_attention(bench, rounds, peer(), note),
     "ahead": lambda bench, rounds, *_: gpu_engine.ahead(bench, rounds),
     "invariant": lambda bench, rounds, *_: gpu_engine.invariant(bench, rounds),
+    "transformers": lambda bench, rounds, peer, _: (
+        transformers_peer.decode(bench.raw_config, rounds, peer().device) if peer() else ()),
 }
 LOST = 3  # exit status of a process whose GPU no longer answers
 

@@ -27,6 +27,8 @@ MOST_ERROR = 0.02  # of the difference to the values: two roundings to bfloat16 
 class TorchPeer:
     """torch on the current GPU. Raises ImportError or RuntimeError where that is not to be had."""
 
+    device = "cuda"
+
     def __init__(self):
         import torch
 

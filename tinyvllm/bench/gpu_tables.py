@@ -15,6 +15,8 @@ ALSO = {
     **{f"GPU busy, batch {n} (%)": (f"GPU at work in a decode step, batch {n}", "%") for n in (8, 32, 128)},
     "a step ahead on: decode, batch 256 (tokens/s)": ("decode, batch 256, each step begun ahead", "tokens/s"),
     "a step ahead off: decode, batch 256 (tokens/s)": ("the same in turn with it, not ahead", "tokens/s"),
+    **{f"transformers, {way}: decode, batch {n} (tokens/s)": (f"transformers, {way}: decode, batch {n}", "tokens/s")
+       for way, n in (("eager", 1), ("compiled", 1), ("eager", 32), ("eager", 256))},
     "ceiling: read (TB/s)": ("mere reading, the roof of all of these", "TB/s"),
     **{f"sampling over greedy, batch {n} (us a step)":
        (f"a step at batch {n} with temperature 0.8, top-k 50, top-p 0.95 over greedy", "us") for n in (1, 32, 256)},
