@@ -40,7 +40,8 @@ class KernelPage:
 
     def python(self, code: str) -> str:
         """Run code in the kernel; what it prints. Raises RuntimeError with its traceback."""
-        asked, printed, deadline = self._client.execute(code), [], time.monotonic() + PATIENCE_S
+        asked = self._client.execute(code, stop_on_error=False)  # else what comes next would be dropped unheard
+        printed, deadline = [], time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             message = self._hear(0.1)
             if message is None or message["parent_header"].get("msg_id") != asked:

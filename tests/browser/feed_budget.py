@@ -81,7 +81,7 @@ def measure(page, phase: str, seconds: float) -> dict:
     page.wait(seconds)
     return json.loads(page.python("""
 seen, last = list(ends), (feed.stats.frames, feed.stats.messages_in, feed.stats.pump_s, feed.stats.bytes)
-steps = sorted((b - a) / 1e6 for a, b in zip(seen, seen[1:]))
+steps = sorted((b - a) / 1e6 for a, b in zip(seen, seen[1:])) or [0.0]
 print(json.dumps({"steps": len(steps), "mean_ms": sum(steps) / len(steps), "median_ms": steps[len(steps) // 2],
     "p99_ms": steps[int(0.99 * len(steps))], "frames": last[0] - first[0], "messages_in": last[1] - first[1],
     "pump_s": last[2] - first[2], "bytes": last[3] - first[3], "latency_ms": sorted(feed.stats.latency_ms),
@@ -141,9 +141,8 @@ def _setup(options: argparse.Namespace, core: int | None) -> str:
 
 def take_rounds(page, options: argparse.Namespace) -> dict:
     """Every phase in every round, after all have warmed up."""
-    while int(page.python("assert live.error is None, live.error\nprint(len(ends))")) < 500:  # kernels may have to be
-        page.wait(0.5)  # compiled
-    measure(page, "six panels visible", 3)
+    while measure(page, "six panels visible", 3)["steps"] < 300:  # kernels may have to be compiled
+        page.python("assert live.error is None, live.error")
     taken = {phase: [] for phase in PHASES}
     for i in range(options.rounds):
         for phase in list(PHASES) if i % 2 == 0 else list(PHASES)[::-1]:

@@ -90,9 +90,8 @@ def decode(raw_config: dict, rounds: int, device: str, batches=(1, 8, 32, 128, 2
     """The same work as gpu_engine.decode: 32 tokens in, 128 out. Nothing is compiled for a CPU."""
     peer = TransformersPeer(raw_config, device)
     for batch in batches:
-        peer.eager_rate(batch, prompt, 4)
-        yield (f"transformers, eager: decode, batch {batch} (tokens/s)",
-               [peer.eager_rate(batch, prompt, min(new, EAGER_NEW)) for _ in range(rounds)])
+        rates = [peer.eager_rate(batch, prompt, min(new, EAGER_NEW)) for _ in range(rounds + 1)]
+        yield f"transformers, eager: decode, batch {batch} (tokens/s)", rates[1:]
     cache, step = peer.fixed_cache(prompt + new), peer.step
     if device == "cuda":
         step = peer.torch.compile(step, mode="reduce-overhead", fullgraph=True)
