@@ -5,7 +5,7 @@ import pytest
 from tests.bench_stand_ins import TINY
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 from tinyvllm.bench.transformers_peer import TransformersPeer, decode  # noqa: E402
 
@@ -26,7 +26,9 @@ def test_with_a_cache_of_fixed_size_it_says_the_same_as_with_a_growing_one():
 
 
 def test_every_way_is_measured_as_often_as_asked():
-    found = dict(decode(TINY, 2, "cpu", batches=(1, 4), prompt=5, new=6))
+    notes = {}
+    found = dict(decode(TINY, 2, "cpu", notes.__setitem__, batches=(1, 4), prompt=5, new=6))
+    assert notes == {"transformers": transformers.__version__}
     assert [*found] == [f"transformers, {way}: decode, batch {batch} (tokens/s)"
                         for way, batch in (("eager", 1), ("eager", 4), ("compiled", 1))]
     assert all(len(rates) == 2 and min(rates) > 0 for rates in found.values())

@@ -20,7 +20,7 @@ from widgets.pace import Pace, switches
 if TYPE_CHECKING:
     from widgets.feed import Feed
 
-PIECE_S = 0.00005  # of processor time: so much of a frame is done in one go,
+PIECE_S = 0.00015  # of processor time: so much of a frame is done in one go,
 END_S = 0.0002  # before a device is done, the pump is: its longest pieces are as long
 PAUSE_S, SHORT_PAUSE_S = 0.0005, 0.0001  # and then the engine gets the interpreter; the short one
 PATIENCE_S = 0.02  # where the pauses of a frame have taken so long: its news are getting old

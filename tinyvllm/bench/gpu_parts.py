@@ -31,8 +31,8 @@ PARTS: dict[str, Callable] = {
     "prefill_attention": lambda bench, rounds, peer, note: gpu_peers.prefill_attention(bench, rounds, peer(), note),
     "ahead": lambda bench, rounds, *_: gpu_engine.ahead(bench, rounds),
     "invariant": lambda bench, rounds, *_: gpu_engine.invariant(bench, rounds),
-    "transformers": lambda bench, rounds, peer, _: (
-        transformers_peer.decode(bench.raw_config, rounds, peer().device) if peer() else ()),
+    "transformers": lambda bench, rounds, peer, note: (
+        transformers_peer.decode(bench.raw_config, rounds, peer().device, note) if peer() else ()),
 }
 LOST = 3  # exit status of a process whose GPU no longer answers
 

@@ -5,7 +5,7 @@
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 NOT_FIELDS = ("torch_dtype", "dtype", "model_type", "architectures")  # of transformers' configuration
@@ -85,10 +85,13 @@ class TransformersPeer:
         return StaticCache(config=self.config, max_cache_len=length)
 
 
-def decode(raw_config: dict, rounds: int, device: str, batches=(1, 8, 32, 128, 256), prompt: int = 32,
-           new: int = 128) -> Iterator[tuple[str, list[float]]]:
-    """The same work as gpu_engine.decode: 32 tokens in, 128 out. Nothing is compiled for a CPU."""
+def decode(raw_config: dict, rounds: int, device: str, note: Callable[[str, str], None] | None = None,
+           batches=(1, 8, 32, 128, 256), prompt: int = 32, new: int = 128) -> Iterator[tuple[str, list[float]]]:
+    """The same work as gpu_engine.decode: 32 tokens in, 128 out. Nothing is compiled for a CPU. note(what, value): the
+    version."""
     peer = TransformersPeer(raw_config, device)
+    if note:
+        note("transformers", peer.version)
     for batch in batches:
         rates = [peer.eager_rate(batch, prompt, min(new, EAGER_NEW)) for _ in range(rounds + 1)]
         yield f"transformers, eager: decode, batch {batch} (tokens/s)", rates[1:]
