@@ -174,6 +174,23 @@ def test_tokens_are_followed_as_they_come_and_arrows_walk(stage, live):
     stage.until(lambda: [t["at"] for t in stage.page.evaluate(TOKENS) if t["selected"]] == [2])
 
 
+def test_the_newest_token_is_chosen_though_it_is_drawn_late(stage, live):
+    """Five times a second it is chosen; on a slow machine that once came before it was drawn, and then never again."""
+    stage.page.evaluate("""() => {
+        const real = window.requestAnimationFrame.bind(window);
+        window.requestAnimationFrame = (draw) => setTimeout(() => real(draw), 450);
+    }""")
+    feed = stage.feed(live)
+    stage.show(TokenTrail(feed, mode="request"))
+    name = live.add("Once upon a time", SamplingParams(temperature=0.9, seed=2, max_tokens=30, ignore_eos=True))
+    feed.select(request=name)
+    live.set_speed(20)
+    live.resume()
+    stage.until(lambda: name in feed.state.requests and feed.state.requests[name].status == "length")
+    last = feed.state.requests[name].num_tokens - 1
+    stage.until(lambda: [t["at"] for t in stage.page.evaluate(TOKENS) if t["selected"]] == [last], timeout=15)
+
+
 def test_without_a_tokenizer_the_request_is_still_shown(stage):
     source = SteppedSource(num_blocks=64, block_size=4)
     source.kind = "replay"

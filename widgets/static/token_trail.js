@@ -166,8 +166,10 @@ async function render({ model, el }) {
     if (following) return;
     following = setTimeout(() => {
       following = 0;
-      if (isRequest() && placeOf(client.selection.token) === null
-        && (current !== tokens.length - 1 || strip.dataset.current === undefined)) choose(tokens.length - 1);
+      const isShown = nodeAt(current)?.getAttribute("aria-selected") === "true";  // else it was chosen before it was drawn
+      if (isRequest() && placeOf(client.selection.token) === null && (current !== tokens.length - 1 || !isShown)) {
+        choose(tokens.length - 1);
+      }
     }, 200);
   };
   ui.undo.push(() => clearTimeout(following));
