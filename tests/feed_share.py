@@ -121,11 +121,19 @@ class Bench:
             ages = sorted(feed.ages_ms)
             found = {"tick_ms": 1e3 * feed.cpu_s / max(1, feed.ticks), "ticks_per_s": feed.ticks / seconds,
                      "frames_per_s": feed.sent / seconds, "age_p95_ms": ages[int(0.95 * len(ages))] if ages else 0.0}
-        steps = sorted((b - a) / 1e6 for a, b in zip(seen, seen[1:]))
-        if not steps:  # kernels were being compiled
+        steps = step_figures(seen)
+        if not steps["steps"]:  # kernels were being compiled
             return self.phase(name, seconds)
-        return {"steps": len(steps), "mean_ms": statistics.fmean(steps), "median_ms": statistics.median(steps),
-                "p99_ms": steps[int(0.99 * len(steps))], **found}
+        return {**steps, **found}
+
+
+def step_figures(ends_ns: list[int]) -> dict[str, float]:
+    """How long the steps took that ended at these times; all zeros if there were none."""
+    steps = sorted((b - a) / 1e6 for a, b in zip(ends_ns, ends_ns[1:]))
+    if not steps:
+        return dict.fromkeys(("steps", "mean_ms", "median_ms", "p99_ms"), 0)
+    return {"steps": len(steps), "mean_ms": statistics.fmean(steps), "median_ms": statistics.median(steps),
+            "p99_ms": steps[int(0.99 * len(steps))]}
 
 
 def wait(seconds: float, feed: Feed | None) -> None:

@@ -12,6 +12,12 @@ from widgets.frames import Payload, unpack
 from widgets.hub import SELECTION
 
 
+def ready_message(topic: str, view: str, visible: bool, params: dict[str, Any]) -> dict[str, Any]:
+    """What a page says of a view that it has drawn."""
+    return {"op": "ready", "view": view, "topic": topic, "params": params, "key": f"{topic}{params or ''}",
+            "visible": visible}
+
+
 class Page:
     """The hub and the page behind it: it keeps the frames, and says what it is told to say."""
 
@@ -30,8 +36,7 @@ class Page:
         (self.frames if content["type"] == "frame" else self.answers).append({**content, "buffers": buffers or []})
 
     def ready(self, topic: str, view: str = "v", visible: bool = True, **params: Any) -> None:
-        self.say({"op": "ready", "view": view, "topic": topic, "params": params, "key": f"{topic}{params or ''}",
-                  "visible": visible})
+        self.say(ready_message(topic, view, visible, params))
 
     def part(self, key: str, frame: int = -1) -> tuple[str, Payload]:
         """(mode, payload) of a topic in a frame."""

@@ -16,6 +16,8 @@ from typing import Any, Self
 
 from jupyter_client.manager import KernelManager
 
+from tests.feed_stand_ins import ready_message
+
 PATIENCE_S = 120.0
 
 
@@ -65,8 +67,7 @@ class KernelPage:
         """Be a page in which these topics ({name: parameters}) have a visible view each."""
         self._hub, self._topics = hub_id, topics
         for topic, params in topics.items():
-            self._say({"op": "ready", "view": topic, "topic": topic, "params": params, "key": f"{topic}{params or ''}",
-                       "visible": True})
+            self._say(ready_message(topic, view=topic, visible=True, params=params))
 
     def show(self, visible: bool) -> None:
         """The views come into sight, or go out of it."""

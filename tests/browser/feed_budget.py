@@ -41,7 +41,7 @@ if {core} is not None:
         os.sched_setaffinity(int(thread), {{{core}}})
 sys.path.insert(0, {repository!r})
 from IPython.display import display
-from tests.feed_share import Bench
+from tests.feed_share import Bench, step_figures
 from widgets import Dashboard
 
 bench = Bench({model!r}, {device!r}, {requests}, 400)
@@ -81,9 +81,7 @@ def measure(page, phase: str, seconds: float) -> dict:
     page.wait(seconds)
     return json.loads(page.python("""
 seen, last = list(ends), (feed.stats.frames, feed.stats.messages_in, feed.stats.pump_s, feed.stats.bytes)
-steps = sorted((b - a) / 1e6 for a, b in zip(seen, seen[1:])) or [0.0]
-print(json.dumps({"steps": len(steps), "mean_ms": sum(steps) / len(steps), "median_ms": steps[len(steps) // 2],
-    "p99_ms": steps[int(0.99 * len(steps))], "frames": last[0] - first[0], "messages_in": last[1] - first[1],
+print(json.dumps({**step_figures(seen), "frames": last[0] - first[0], "messages_in": last[1] - first[1],
     "pump_s": last[2] - first[2], "bytes": last[3] - first[3], "latency_ms": sorted(feed.stats.latency_ms),
     "trouble": repr(feed.error) if feed.error else None}))"""))
 

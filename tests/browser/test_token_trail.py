@@ -153,25 +153,35 @@ def test_the_slot_is_where_the_engine_keeps_the_token(stage, live, llm):
     stage.until(lambda: "holds no blocks (abort)" in stage.page.inner_text(PATH))
 
 
-def test_tokens_are_followed_as_they_come_and_arrows_walk(stage, live):
+def follow_a_request(stage, live, max_tokens, speed):
+    """(feed, request) after a panel has followed all of its tokens."""
     feed = stage.feed(live)
     stage.show(TokenTrail(feed, mode="request"))
-    name = live.add("Once upon a time", SamplingParams(temperature=0.9, seed=2, max_tokens=40, ignore_eos=True))
+    name = live.add("Once upon a time", SamplingParams(temperature=0.9, seed=2, max_tokens=max_tokens, ignore_eos=True))
     feed.select(request=name)
-    live.set_speed(100)
+    live.set_speed(speed)
     live.resume()
     stage.until(lambda: name in feed.state.requests and feed.state.requests[name].status == "length")
-    request = feed.state.requests[name]
+    return feed, feed.state.requests[name]
+
+
+def selected(stage):
+    """Positions of the tokens that are shown as selected."""
+    return [token["at"] for token in stage.page.evaluate(TOKENS) if token["selected"]]
+
+
+def test_tokens_are_followed_as_they_come_and_arrows_walk(stage, live):
+    feed, request = follow_a_request(stage, live, max_tokens=40, speed=100)
     stage.until(lambda: ids_of(stage) == request.prompt_token_ids + request.token_ids)
     last = request.num_tokens - 1
-    stage.until(lambda: [t["at"] for t in stage.page.evaluate(TOKENS) if t["selected"]] == [last])
+    stage.until(lambda: selected(stage) == [last])
     stage.page.locator("[aria-selected='true']").focus()
     stage.page.keyboard.press("ArrowLeft")
     stage.until(lambda: feed.selection["token"] == last - 1)
     stage.page.keyboard.press("Enter")
     stage.page.keyboard.press("Home")
     feed.select(token=2)
-    stage.until(lambda: [t["at"] for t in stage.page.evaluate(TOKENS) if t["selected"]] == [2])
+    stage.until(lambda: selected(stage) == [2])
 
 
 def test_the_newest_token_is_chosen_though_it_is_drawn_late(stage, live):
@@ -180,15 +190,9 @@ def test_the_newest_token_is_chosen_though_it_is_drawn_late(stage, live):
         const real = window.requestAnimationFrame.bind(window);
         window.requestAnimationFrame = (draw) => setTimeout(() => real(draw), 450);
     }""")
-    feed = stage.feed(live)
-    stage.show(TokenTrail(feed, mode="request"))
-    name = live.add("Once upon a time", SamplingParams(temperature=0.9, seed=2, max_tokens=30, ignore_eos=True))
-    feed.select(request=name)
-    live.set_speed(20)
-    live.resume()
-    stage.until(lambda: name in feed.state.requests and feed.state.requests[name].status == "length")
-    last = feed.state.requests[name].num_tokens - 1
-    stage.until(lambda: [t["at"] for t in stage.page.evaluate(TOKENS) if t["selected"]] == [last], timeout=15)
+    _, request = follow_a_request(stage, live, max_tokens=30, speed=20)
+    last = request.num_tokens - 1
+    stage.until(lambda: selected(stage) == [last], timeout=15)
 
 
 def test_without_a_tokenizer_the_request_is_still_shown(stage):
