@@ -8,7 +8,8 @@ them as its descriptors say.
 What a GPU does in its own time happens as early and as late as it may. late="copies": copies are done when somebody
 waits for them, products at once: what is used before it was waited for is not there. late="products": the other way
 round, and who frees memory steps back for the others: what is overwritten too early is gone. slow: the rank of a
-block that does everything a little later than the others of its cluster.
+block that does everything a little later than the others of its cluster. idler: a thread that looks at a barrier
+only when no other thread can do anything more without it.
 
 Sums of a product that nobody has waited for are no numbers here, and using them is an error. So are a barrier that
 never completes, threads of a warp or warpgroup that do not come together at the same instruction, reading or writing
@@ -61,9 +62,10 @@ class Block:
 
 
 class Emulator(Instructions):
-    def __init__(self, threads, shared_bytes, late="copies", slow=None):
+    def __init__(self, threads, shared_bytes, late="copies", slow=None, idler=None):
         assert late in ("copies", "products")
         self.num_threads, self.shared_bytes, self.late, self.slow = threads, shared_bytes, late, slow
+        self.idler, self.num_steps = idler, 0
         self.arrays, self.maps, self.next_address = [], {}, 1 << 32
         self.made_before = set()  # maps that only the kernel before fills
         self.hints = set()  # that copies gave the L2 cache
@@ -182,6 +184,14 @@ class Emulator(Instructions):
         """The slow block gives the others time."""
         if self.here.rank == self.slow:
             time.sleep(0.003)
+
+    def idle(self):
+        """The idler lets the others go on until they need it; on a busy machine, until they seem to."""
+        while self.local.thread == self.idler:
+            before = self.num_steps
+            time.sleep(0.1)
+            if self.num_steps == before:
+                return
 
     def wait_for(self, condition, until, what):
         waited = 0.0

@@ -190,6 +190,7 @@ class Instructions:
             base, plus, offset = name.partition("+")
             return registers[base] + int(offset) if plus else int(name, 0)
 
+        self.num_steps += 1
         name = opcode.split(".")[0]
         handler = getattr(self, "do_" + name, None)
         if handler is not None:
@@ -300,6 +301,8 @@ class Instructions:
         self.warp(opcode, (get(operands[0][0]), values), combine)
 
     def do_mbarrier(self, opcode, operands, registers, get, _):
+        if ".try_wait" in opcode:
+            self.idle()
         completed, place = False, operands[1 if ".init" not in opcode else 0][0]
         assert ".shared::cluster" in opcode or get(place) < WINDOW
         with self.lock:

@@ -125,7 +125,7 @@ def test_every_tile_is_found_once_and_the_longest_first(rng, num_requests):
 # ---- the kernel ----
 
 
-def check(rng, shape, contexts, rows, num_kv_heads, num_blocks, late, change=lambda case: None):
+def check(rng, shape, contexts, rows, num_kv_heads, num_blocks, late, change=lambda case: None, idler=None):
     """One launch of prefill_wgmma_kernel(*shape) against the twin; rows that are not its own stay as they were."""
     head_dim, group, page = shape[:3]
     num_heads = group * num_kv_heads
@@ -135,7 +135,7 @@ def check(rng, shape, contexts, rows, num_kv_heads, num_blocks, late, change=lam
     attention_numpy(expected, *case)
     change(case)
     kernel = prefill_wgmma_kernel(*shape)
-    emulator = Emulator(kernel.threads, kernel.shared_bytes, late)
+    emulator = Emulator(kernel.threads, kernel.shared_bytes, late, idler=idler)
     heads = qkv.reshape(len(qkv), num_heads + 2 * num_kv_heads, head_dim)
     addresses = (emulator.map(heads, (kernel.tokens, group, 64)),
                  *(emulator.map(cache.reshape(-1, head_dim), (page, 64)) for cache in (k, v)),
@@ -167,6 +167,14 @@ def test_small_tiles_at_every_edge(rng, case, late):
                                                                    (128, 4, [1, 97, 200], [1, 40, 5], "copies")])
 def test_the_tiles_in_use(rng, head_dim, group, contexts, rows, late):
     check(rng, (head_dim, group, 16, *choose_shape(head_dim)), contexts, rows, 1, 1, late)
+
+
+def test_lanes_with_nothing_to_load_keep_up(rng):
+    """Such a lane of the producer could look at a barrier when that has completed twice, and would wait for ever."""
+    shape = (64, 2, 16, 1, 32, 2, 2)
+    layout = make_layout(*shape[:-1])
+    assert layout.HALVES * layout.PAGES < 32, "the last lane has nothing to load"
+    check(rng, shape, [150], [33], 1, 1, "copies", idler=layout.PRODUCER + 31)
 
 
 def test_spare_columns_of_the_block_table_are_not_followed(rng):

@@ -24,7 +24,14 @@ from tinyvllm.kernels.hopper import (
     tensor_load_3d,
     tensor_map_acquire,
 )
-from tinyvllm.kernels.ptx import block_index_x, grid_size_x, lane_index, load_i32, store_shared_16_bytes
+from tinyvllm.kernels.ptx import (
+    block_index_x,
+    grid_size_x,
+    lane_index,
+    load_i32,
+    store_shared_16_bytes,
+    warp_barrier,
+)
 
 __all__ = ["make_producer", "next_stage", "next_buffer"]
 
@@ -42,6 +49,14 @@ def next_stage(stage, phase, STAGES):
 def next_buffer(buffer, phase):
     """The same for the two buffers of queries."""
     return np.uint32(buffer ^ np.uint32(1)), np.uint32(phase ^ buffer)
+
+
+@device_function
+def wait_together(barrier, parity):
+    """barrier_wait for a warp. A barrier knows only the parity of its phase: a lane that nobody waits for could look
+    at it so late that the barrier has completed once more, and would then wait for a phase that never comes."""
+    barrier_wait(barrier, parity)
+    warp_barrier()
 
 
 def make_producer(L: Layout):
@@ -87,7 +102,7 @@ def make_producer(L: Layout):
             if tile * L.PAGES + page < pages:
                 block = load_i32(table + np.uint64(tile * L.PAGES + page) * np.uint64(4))
 
-            barrier_wait(np.uint32(shared + L.Q_FREED + 8 * buffer), np.uint32(q_phase ^ np.uint32(1)))
+            wait_together(np.uint32(shared + L.Q_FREED + 8 * buffer), np.uint32(q_phase ^ np.uint32(1)))
             if lane == 0:
                 entry = np.uint32(shared + L.ENTRIES_AT + 32 * buffer)
                 store_shared_16_bytes(entry, first_row, np.uint32(keys - position), np.uint32(position), kv_head)
@@ -106,13 +121,13 @@ def make_producer(L: Layout):
                 num_bytes = np.uint32(pages_here * (L.HALVES * L.BOX))
                 to = np.uint32(shared + L.KEYS_AT + stage * L.MATRIX + place)
                 barrier = np.uint32(shared + L.K_ARRIVED + 8 * stage)
-                barrier_wait(np.uint32(shared + L.K_FREED + 8 * stage), np.uint32(phase ^ np.uint32(1)))
+                wait_together(np.uint32(shared + L.K_FREED + 8 * stage), np.uint32(phase ^ np.uint32(1)))
                 if lane == 0:
                     barrier_expect(barrier, num_bytes)
                 if mine:
                     tensor_load(to, k_map, np.uint32(64 * half), row, barrier)
                 barrier = np.uint32(shared + L.V_ARRIVED + 8 * stage)
-                barrier_wait(np.uint32(shared + L.V_FREED + 8 * stage), np.uint32(phase ^ np.uint32(1)))
+                wait_together(np.uint32(shared + L.V_FREED + 8 * stage), np.uint32(phase ^ np.uint32(1)))
                 if lane == 0:
                     barrier_expect(barrier, num_bytes)
                 if mine:
@@ -124,7 +139,7 @@ def make_producer(L: Layout):
                 tile = np.int32(tile - 1)
             buffer, q_phase = next_buffer(buffer, q_phase)
 
-        barrier_wait(np.uint32(shared + L.Q_FREED + 8 * buffer), np.uint32(q_phase ^ np.uint32(1)))
+        wait_together(np.uint32(shared + L.Q_FREED + 8 * buffer), np.uint32(q_phase ^ np.uint32(1)))
         if lane == 0:  # an entry without tokens
             store_shared_16_bytes(np.uint32(shared + L.ENTRIES_AT + 32 * buffer), 0, 0, 0, 0)
             barrier_arrive(np.uint32(shared + L.Q_ARRIVED + 8 * buffer))
