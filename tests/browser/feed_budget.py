@@ -103,15 +103,10 @@ def run(options: argparse.Namespace, own_core: bool) -> dict:
 
 
 def _run(options: argparse.Namespace, core: int | None) -> dict:
-    import nbformat
-
-    from tests.browser.lab import Lab
+    from tests.browser.lab import Lab, write_notebook
 
     with tempfile.TemporaryDirectory() as folder, Lab(Path(folder)) as lab:
-        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(_setup(options, core)),
-                                                   nbformat.v4.new_code_cell(SHOW.format(panels=PANELS))])
-        notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        nbformat.write(notebook, Path(folder) / "budget.ipynb")
+        write_notebook(Path(folder) / "budget.ipynb", _setup(options, core), SHOW.format(panels=PANELS))
         page = lab.open("budget.ipynb", height=2600)
         page.run_all()
         page.page.wait_for_selector(".tv-panel", timeout=30_000)

@@ -9,6 +9,7 @@ and remembered in `page.outside`; what the console says of errors, in `page.erro
 """
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import nbformat
 from playwright.sync_api import Page
 
 from tests.browser.chromium import PATIENCE_S, shared_browser
@@ -25,9 +27,20 @@ IDLE = """() => {
   return panel?.sessionContext?.session?.kernel?.status === 'idle'
       && ![...panel.node.querySelectorAll('.jp-InputPrompt')].some((e) => e.textContent.includes('*'));
 }"""
+# On the page a traceback is marked like anything else on stderr; the notebook's own model knows.
+FAILURES = """() => [...window.jupyterapp.shell.currentWidget.content.model.cells].flatMap((cell) =>
+    (cell.toJSON().outputs ?? []).filter((output) => output.output_type === 'error')
+        .map((output) => output.traceback.join('\\n')))"""
 REPOSITORY = Path(__file__).parents[2]
 THEMES = ("JupyterLab Light", "JupyterLab Dark", "JupyterLab Dark High Contrast")
 QUIET = ("Failed to load resource: the server responded with a status of 404",)  # Lab asks for files that may be absent
+
+
+def write_notebook(path: Path, *cells: str) -> None:
+    """A notebook of these cells of code."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, path)
 
 
 class Lab:
@@ -44,7 +57,8 @@ class Lab:
         scratch = Path(self._scratch.name)
         environment = {**os.environ, "JUPYTER_CONFIG_DIR": str(scratch / "config"),
                        "JUPYTER_DATA_DIR": str(scratch / "data"), "JUPYTER_RUNTIME_DIR": str(scratch / "runtime"),
-                       "IPYTHONDIR": str(scratch / "ipython"), "PYTHONPATH": str(REPOSITORY)}
+                       "IPYTHONDIR": str(scratch / "ipython"),
+                       "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))}
         # Lab would ask, in a box over the page, whether it may fetch news.
         settings = scratch / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
         settings.parent.mkdir(parents=True)
@@ -124,9 +138,9 @@ class LabPage:
         self.check_cells()
 
     def check_cells(self) -> None:
-        failed = self.page.locator(".jp-OutputArea-output[data-mime-type*='error'], "
-                                   ".jp-RenderedText[data-mime-type*='error']")
-        assert failed.count() == 0, failed.first.inner_text()
+        """Raises AssertionError with the traceback if a cell failed."""
+        failures = self.page.evaluate(FAILURES)
+        assert not failures, re.sub(r"\x1b\[[\d;]*m", "", failures[0])  # without the terminal's colours
 
     def python(self, code: str, timeout: float = PATIENCE_S) -> str:
         """Run code in the notebook's kernel, as a person at its console would; returns what it printed."""

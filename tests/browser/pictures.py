@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from tests.browser.chromium import shared_browser
-from tests.browser.lab import REPOSITORY, Lab, LabPage
+from tests.browser.lab import REPOSITORY, Lab, LabPage, write_notebook
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 PICTURES = NOTEBOOKS / "pictures"
@@ -112,13 +112,6 @@ display(Dashboard(live, panels=["ControlBar", "SchedulerTimeline", "KVBlockMap",
 """
 
 
-def write_dashboard(path: Path) -> None:
-    """A notebook with nothing but the panels of the README's animation."""
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(DASHBOARD)])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, path)
-
-
 def main(names: list[str]) -> None:
     chosen = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if not names or path.stem in names]
     if not chosen and "dashboard" not in names:
@@ -135,7 +128,7 @@ def main(names: list[str]) -> None:
                 shutil.copy(copy, path)
                 page.shutdown()
             if not names or "dashboard" in names:
-                write_dashboard(Path(folder) / "dashboard.ipynb")
+                write_notebook(Path(folder) / "dashboard.ipynb", DASHBOARD)
                 page = lab.open("dashboard.ipynb", height=2000)
                 page.run_all()
                 while int(page.python("print(live.stats.num_steps)")) < 5:  # kernels are being compiled

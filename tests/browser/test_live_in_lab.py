@@ -3,11 +3,10 @@
 import json
 import time
 
-import nbformat
 import pytest
 
 from tests.browser.chromium import PATIENCE_S
-from tests.browser.lab import THEMES, Lab
+from tests.browser.lab import THEMES, Lab, write_notebook
 
 START = """
 from IPython.display import display
@@ -31,17 +30,11 @@ SHOW = "dashboard = Dashboard(live)\nfeed = dashboard.feed\ndisplay(dashboard)"
 BAR = ".tv-panel[aria-label='Control']"
 
 
-def write_notebook(path) -> None:
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(START), nbformat.v4.new_code_cell(SHOW)])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, path)
-
-
 @pytest.fixture(scope="module")
 def scratch_lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     for name in ("one.ipynb", "two.ipynb"):
-        write_notebook(folder / name)
+        write_notebook(folder / name, START, SHOW)
     with Lab(folder) as lab:
         yield lab
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.browser.lab import Lab, write_notebook
+
 NOTEBOOKS = sorted(path.name for path in (Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
@@ -37,4 +39,14 @@ def test_a_newcomer_sees_a_moving_timeline_after_two_clicks(lab):
         page.wait_idle()
         page.check_cells()
     finally:
+        page.shutdown()
+
+
+def test_a_cell_that_fails_is_seen(tmp_path):
+    """By what every test here calls: or it could not fail."""
+    write_notebook(tmp_path / "fails.ipynb", "import sys; print('only a warning', file=sys.stderr)", "1 / 0")
+    with Lab(tmp_path) as lab:
+        page = lab.open("fails.ipynb")
+        with pytest.raises(AssertionError, match="ZeroDivisionError: division by zero"):
+            page.run_all()
         page.shutdown()
