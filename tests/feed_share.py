@@ -1,7 +1,7 @@
 """What the live feed takes from the engine inside the one interpreter that both run in: no browser, no Jupyter.
 
     python -m tests.feed_share                              # the embedded model on the CPU, 8 requests
-    python -m tests.feed_share --model FOLDER --device cuda --requests 64
+    python -m tests.feed_share --model llama-3.2-1b-shape --device cuda --requests 64
 
 In turn, round by round: nobody listens; the feed reads the events; six panels' topics are computed and packed. The feed
 is the real one, with its thread, its pace and its pauses; its messages go to a page that acknowledges what it is asked
@@ -18,6 +18,7 @@ import itertools
 import json
 import random
 import statistics
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -25,13 +26,17 @@ from typing import Any
 
 from tests.feed_stand_ins import Page
 from tinyvllm import LLM, LiveEngine, SamplingParams
+from tinyvllm.bench.cpu import LLAMA_3_2_1B
 from tinyvllm.bench.environment import describe_environment
+from tinyvllm.bench.gpu_start import write_folder
 from tinyvllm.engine.events import Event
 from widgets.clock import SAMPLES
 from widgets.feed import Feed
 from widgets.frames import Packer
 
 TOPICS = {"control": {}, "timeline": {}, "blocks": {}, "race": {"shown": 12}, "attention": {}, "step_anatomy": {}}
+SHAPE = "llama-3.2-1b-shape"
+MODEL_HELP = f"a folder, which may lack a tokenizer; {SHAPE} is one of random weights, made on first use (%(default)s)"
 PHASES = ("nobody listens", "feed reads", "six topics")
 
 
@@ -75,11 +80,21 @@ class MeasuredFeed(Feed):
         self.sent += 1
 
 
+def find_model(name: str) -> str:
+    """The folder of SHAPE, which is written if it is not there; any other name as it is."""
+    if name != SHAPE:
+        return name
+    folder = Path(tempfile.gettempdir()) / f"tinyvllm-{SHAPE}"
+    if not (folder / "config.json").exists():  # it is written last
+        write_folder(folder, LLAMA_3_2_1B)
+    return str(folder)
+
+
 class Bench:
     """A LiveEngine that is kept busy."""
 
     def __init__(self, model: str, device: str, requests: int, output_tokens: int):
-        self.llm = LLM(model, device=device, max_num_seqs=requests, use_tqdm=False, skip_tokenizer_init=model != "demo")
+        self.llm = LLM(find_model(model), device=device, max_num_seqs=requests, use_tqdm=False, skip_tokenizer_init=model != "demo")
         self.live, self.ends = LiveEngine(self.llm), []
         self.numbers, self.draw, self.output_tokens = itertools.count(), random.Random(0), output_tokens
         inner = self.llm.engine.pipeline.take_in
@@ -147,7 +162,7 @@ def wait(seconds: float, feed: Feed | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The feed's share of the interpreter.")
-    parser.add_argument("--model", default="demo")
+    parser.add_argument("--model", default="demo", help=MODEL_HELP)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--output-tokens", type=int, default=400)

@@ -1,7 +1,7 @@
 """What the live panels cost the engine, measured where it counts: a real JupyterLab in a real Chromium.
 
     python -m tests.browser.feed_budget                 # about four minutes; writes tinyvllm/bench/results/feed.json
-    python -m tests.browser.feed_budget --no-browser --device cuda --model FOLDER --json out.json
+    python -m tests.browser.feed_budget --no-browser --device cuda --model llama-3.2-1b-shape --json out.json
 
 In turn, round by round: nobody listens; the feed listens and every panel is hidden; six panels are visible. The engine
 is kept busy with `--requests` requests, of the embedded model if nothing else is said: its steps are the shortest there
@@ -24,7 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.feed_share import TOPICS
+from tests.feed_share import MODEL_HELP, TOPICS
 from tests.kernel_page import KernelPage
 from tinyvllm.bench.environment import describe_environment
 
@@ -168,7 +168,7 @@ def summarise(taken: dict[str, list[dict]], seconds: float) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What six live panels cost the engine.")
-    parser.add_argument("--model", default="demo", help="a folder; without a tokenizer it will do (%(default)s)")
+    parser.add_argument("--model", default="demo", help=MODEL_HELP)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each phase in each round")
@@ -192,8 +192,11 @@ def main() -> None:
               f"p99 x{shown['p99_ratio']:.3f} ({BUDGET['p99']}), {found[way]['messages_per_s']:.0f} messages/s "
               f"({BUDGET['messages_per_s']}), latency {found[way]['latency_ms']}", flush=True)
     if not options.no_store:
-        record = {"command": f"python -m tests.browser.feed_budget{' --no-browser' * options.no_browser} --device "
-                             f"{options.device} --requests {options.requests}", "date": time.strftime("%Y-%m-%d"),
+        command = (f"python -m tests.browser.feed_budget{' --no-browser' * options.no_browser} --model {options.model} "
+                   f"--device {options.device} --requests {options.requests}")
+        if "NUMBA_NUM_THREADS" in os.environ:
+            command = f"NUMBA_NUM_THREADS={os.environ['NUMBA_NUM_THREADS']} {command}"
+        record = {"command": command, "date": time.strftime("%Y-%m-%d"),
                   "rounds": options.rounds, "seconds": options.seconds, "panels": PANELS, "budget": BUDGET,
                   "environment": describe_environment("numba-cuda"), **found}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
