@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 
 import numpy as np
 import pytest
@@ -178,23 +179,26 @@ def test_a_page_that_never_acknowledges_is_not_waited_for(monkeypatch):
     assert len(page.frames) == 3
 
 
-def test_few_frames_ask_for_an_answer(monkeypatch):
-    now = [100.0]
+@pytest.mark.parametrize("answers_after, asks", [(0.05, range(4, 6)), (0.15, range(7, 11))])
+def test_few_frames_ask_for_an_answer(monkeypatch, answers_after, asks):
+    now, due = [100.0], deque()
     monkeypatch.setattr("widgets.clock.time.monotonic", lambda: now[0])
-    flow, asked = Flow(interval_s=0.2), []
-    for frame in range(1, 41):  # two seconds at 20 frames a second, all of them answered
+    flow, num_asked = Flow(interval_s=0.2), 0
+    for frame in range(1, 41):  # two seconds at 20 frames a second, all of them answered, promptly or not
         assert not flow.is_congested()
         if flow.sent(frame):
-            asked.append(frame)
-            flow.acknowledged(frame)
+            num_asked += 1
+            due.append((frame, now[0] + answers_after))
         now[0] += 0.05
-    assert 8 <= len(asked) <= 11
-    for frame in range(41, 60):  # now the page is silent
+        while due and due[0][1] <= now[0] + 1e-6:
+            flow.acknowledged(due.popleft()[0])
+    assert num_asked in asks
+    for frame in range(41, 70):  # now the page is silent
         if flow.is_congested():
             break
         flow.sent(frame)
         now[0] += 0.05
-    assert flow.is_congested() and 44 <= frame <= 48
+    assert flow.is_congested() and 44 <= frame <= 56  # 0.7 s at the most
     now[0] += ACK_TIMEOUT_S
     assert not flow.is_congested()
 

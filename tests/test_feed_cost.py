@@ -17,8 +17,18 @@ from tinyvllm.engine.live import LiveEngine
 from widgets.answers.base import ANSWERS, answers
 from widgets.attention_record import SIDE, AttentionRecord
 from widgets.feed import Feed
-from widgets.pace import FRAMES_OF_MANY, MANY_TOPICS, SHARE, SLOWEST_S, Pace, Switches, switches
-from widgets.pump import PATIENCE_S, PAUSE_S, PIECE_S, SHORT_PAUSE_S
+from widgets.pace import (
+    DEVICE_SWITCH_S,
+    FRAMES_OF_MANY,
+    MANY_TOPICS,
+    SHARE,
+    SLOWEST_S,
+    SWITCH_S,
+    Pace,
+    Switches,
+    switches,
+)
+from widgets.pump import LOOK_S, PATIENCE_S, PAUSE_S, PIECE_S, SHORT_PAUSE_S
 
 TOPICS = ("control", "timeline", "blocks", "race", "attention", "step_anatomy")
 
@@ -159,14 +169,14 @@ def test_the_switch_interval_is_short_while_anybody_wants_it_and_then_what_it_wa
     switches_, before = Switches(), sys.getswitchinterval()
     a, b = object(), object()
     try:
-        for who, wanted, quick in ((a, False, False), (a, True, True), (b, True, True), (a, False, True),
-                                   (a, False, True), (b, False, False)):
+        for who, wanted, interval in ((a, None, before), (a, 0.001, 0.001), (b, 0.0005, 0.0005), (a, None, 0.0005),
+                                      (a, None, 0.0005), (b, 0.002, 0.002), (b, None, before)):
             switches_.quick(who, wanted)
-            assert sys.getswitchinterval() == pytest.approx(Switches.QUICK_S if quick else before)
+            assert sys.getswitchinterval() == pytest.approx(interval)
         sys.setswitchinterval(0.0001)
-        switches_.quick(a, True)
+        switches_.quick(a, 0.0005)
         assert sys.getswitchinterval() == pytest.approx(0.0001, abs=3e-6)  # never longer than it was
-        switches_.quick(a, False)
+        switches_.quick(a, None)
         assert sys.getswitchinterval() == pytest.approx(0.0001, abs=3e-6)
     finally:
         sys.setswitchinterval(before)
@@ -188,13 +198,13 @@ def test_only_an_engine_at_full_speed_that_is_shown_makes_switches_quick(make_ll
         time.sleep(0.1)
         assert sys.getswitchinterval() == before  # nobody looks
         feed.hub.ready("timeline")
-        until(lambda: sys.getswitchinterval() == pytest.approx(Switches.QUICK_S))
+        until(lambda: sys.getswitchinterval() == pytest.approx(SWITCH_S))
         live.set_speed(50)
         until(lambda: sys.getswitchinterval() == pytest.approx(before))
         live.set_speed(None)
-        until(lambda: sys.getswitchinterval() == pytest.approx(Switches.QUICK_S))
+        until(lambda: sys.getswitchinterval() == pytest.approx(SWITCH_S))
         feed.close()
-        assert sys.getswitchinterval() == pytest.approx(before) and not switches._wanted_by
+        assert sys.getswitchinterval() == pytest.approx(before) and not switches._wanted
 
 
 class Clock:
@@ -282,6 +292,43 @@ def test_a_frame_is_made_while_a_device_works(pump_and_clock):
     clock.pauses.clear()
     pump._frame()
     assert 0.008 / PIECE_S * 0.8 < len(clock.pauses) < 0.008 / PIECE_S * 6  # still done, piece by piece
+
+
+@pytest.mark.parametrize("waits_s, begun_s", [(0.0008, 0.0003), (0.00045, 0.0001)])
+def test_a_frame_is_sent_where_the_device_s_wait_has_room_for_it(pump_and_clock, waits_s, begun_s):
+    """Sending takes 0.2 ms, passing it on 0.3. begun_s: so far into a wait it may begin; where none is long enough, at
+    the beginning of one."""
+    pump, clock = pump_and_clock
+    pump._feed.source.spare_s = lambda: max(0.0, waits_s - clock.now % 0.001)
+    begun = []
+    for _ in range(60):
+        clock.now += 0.000737
+        with pump.sending():
+            begun.append(clock.now % 0.001)
+            clock.work(0.0002)
+    assert pump._send_s == pytest.approx(0.0002, rel=0.01)
+    assert max(begun[30:]) < begun_s + 2 * LOOK_S
+    assert set(clock.pauses) == {LOOK_S}
+    clock.pauses.clear()
+    pump._feed.source.spare_s = lambda: None  # an engine that computes itself
+    with pump.sending():
+        assert not clock.pauses
+    pump._feed.source.spare_s = lambda: 0.0  # one that never waits, now: it is sent all the same
+    with pump.sending():
+        assert sum(clock.pauses) <= PATIENCE_S / 2
+
+
+def test_only_the_interpreter_of_a_device_s_engine_is_handed_on_at_once(make_llm):
+    before = sys.getswitchinterval()
+    with LiveEngine(make_llm()) as live:
+        live.spare_s = lambda: 0.0
+        feed = Feed(live, hub=Page(), frames_per_second=100)
+        live.on_output(lambda output: live.add([1, 2, 3], greedy(200)) if output.finished else None)
+        live.add([1, 2, 3], greedy(200))
+        feed.hub.ready("timeline")
+        until(lambda: sys.getswitchinterval() == pytest.approx(DEVICE_SWITCH_S, abs=2e-6))
+        feed.close()
+        assert sys.getswitchinterval() == pytest.approx(before)
 
 
 def test_the_reading_of_events_makes_no_frames_rarer(pump_and_clock):

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from tinyvllm.engine.events import Event
 
-ACK_INTERVAL_S = 0.2
+ACK_INTERVAL_S, PROMPT_ACK_INTERVAL_S = 0.2, 0.5
+PROMPT_S = 0.1
 ACKS_UNDER_WAY = 2
 ACK_TIMEOUT_S = 1.0
 SAMPLES = 8  # events of a frame whose latency is taken
@@ -58,12 +59,14 @@ class Flow:
     """Keeps the feed from sending more than the page can draw, without depending on what the page says.
 
     Some frames ask to be acknowledged, at most one in `interval_s`: an answer costs the kernel and JupyterLab more than
-    a frame does. While two such frames are without their answer nothing is sent; one that has had none for a second is
-    forgotten, for a page that was closed never answers.
+    a frame does. Of a page that answered promptly the next one is asked later still. While two such frames are without
+    their answer nothing is sent; one that has had none for a second is forgotten, for a page that was closed never
+    answers.
     """
 
     def __init__(self, interval_s: float = ACK_INTERVAL_S):
         self.interval_s = interval_s
+        self._wait_s = interval_s  # until the next frame that asks, if none is without its answer
         self._asked: deque[tuple[int, float]] = deque()  # (frame, when)
         self._last = float("-inf")
 
@@ -77,7 +80,7 @@ class Flow:
     def sent(self, frame: int) -> bool:
         """Note a frame; returns whether it asks to be acknowledged."""
         now = time.monotonic()
-        if now - self._last < self.interval_s:
+        if now - self._last < (self.interval_s if self._asked else self._wait_s):
             return False
         self._last = now
         self._asked.append((frame, now))
@@ -86,4 +89,6 @@ class Flow:
     def acknowledged(self, frame: int) -> None:
         """The page has drawn this frame."""
         while self._asked and self._asked[0][0] <= frame:
-            self._asked.popleft()
+            _, asked = self._asked.popleft()
+            is_prompt = time.monotonic() - asked < PROMPT_S
+            self._wait_s = max(self.interval_s, PROMPT_ACK_INTERVAL_S) if is_prompt else self.interval_s

@@ -289,8 +289,9 @@ class Feed:
             self._clock.sent(self._frame, events)
         buffers = packer.buffers()
         try:
-            self.hub.send({"type": "frame", "n": self._frame, "now": self.ms(self.source.now_ns()), "live": live,
-                           "topics": topics, "ack": asks}, buffers)
+            with self._pump_thread.sending():
+                self.hub.send({"type": "frame", "n": self._frame, "now": self.ms(self.source.now_ns()), "live": live,
+                               "topics": topics, "ack": asks}, buffers)
         except Exception:
             self.subscriptions.need_snapshots()  # the page does not have what this frame said
             raise

@@ -12,6 +12,8 @@ MANY_TOPICS = 4  # from so many visible topics on, which are as many pictures to
 FRAMES_OF_MANY = 15  # so many frames: 100 ms from an event to its pixels are still kept
 SHARE = 0.05  # of the interpreter's time that frames may take, beside the reading: engine and pump share it
 SLOWEST_S = 0.25  # but not slower than this
+SWITCH_S = 0.0005  # so soon a thread that waits for the interpreter gets it: half a step of a small model,
+DEVICE_SWITCH_S = 0.00002  # or, of an engine that waits for a device most of the time, at once
 
 
 class Pace:
@@ -41,26 +43,27 @@ class Pace:
 
 class Switches:
     """Python hands its interpreter to another thread that waits for it after five milliseconds: three steps of a small
-    model. While somebody shows an engine at full speed it is half of one, for every thread of the process."""
-
-    QUICK_S = 0.0005
+    model. While somebody shows an engine at full speed it does so sooner, for every thread of the process."""
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._wanted_by: set[int] = set()
+        self._wanted: dict[int, float] = {}
         self._before: float | None = None  # what it was, while it is quick
 
-    def quick(self, who: Any, wanted: bool) -> None:
-        """Say whether `who` wants it quick from now on. It is again what it was when nobody does."""
-        if wanted == (id(who) in self._wanted_by):
+    def quick(self, who: Any, interval_s: float | None) -> None:
+        """Say how soon `who` wants it from now on, or None: no matter. The soonest counts, and never later than it was;
+        it is again what it was when nobody cares."""
+        if self._wanted.get(id(who)) == interval_s:
             return
         with self._lock:
-            (self._wanted_by.add if wanted else self._wanted_by.discard)(id(who))
-            if self._wanted_by and self._before is None:
+            if interval_s is None:
+                self._wanted.pop(id(who), None)
+            else:
+                self._wanted[id(who)] = interval_s
+            if self._before is None:
                 self._before = sys.getswitchinterval()
-                sys.setswitchinterval(min(self._before, self.QUICK_S))
-            elif not self._wanted_by and self._before is not None:
-                sys.setswitchinterval(self._before)
+            sys.setswitchinterval(min(self._before, *self._wanted.values()) if self._wanted else self._before)
+            if not self._wanted:
                 self._before = None
 
 

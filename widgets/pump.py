@@ -11,11 +11,12 @@ Of one that computes in this process it does a small piece at a time. What is ol
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from widgets.pace import Pace, switches
+from widgets.pace import DEVICE_SWITCH_S, SWITCH_S, Pace, switches
 
 if TYPE_CHECKING:
     from widgets.feed import Feed
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 PIECE_S = 0.00015  # of processor time: so much of a frame is done in one go,
 END_S = 0.0002  # before a device is done, the pump is: its longest pieces are as long
 PAUSE_S, SHORT_PAUSE_S = 0.0005, 0.0001  # and then the engine gets the interpreter; the short one
+PASS_ON_S = 0.0003  # after a message was sent Jupyter's thread passes it on
+LOOK_S, MOST_OF = 0.00005, 0.85  # for room to send: how often, and what share of the longest wait is taken for that
 PATIENCE_S = 0.02  # where the pauses of a frame have taken so long: its news are getting old
 REST_S = 0.005  # between two frames, at least
 
@@ -41,6 +44,7 @@ class Pump:
         self._went_on = 0.0  # processor time of the thread after the last pause
         self._patience_s = 0.0
         self._beside = False  # it works while the engine waits for its device
+        self._send_s = self._room_s = 0.0  # processor time of sending a frame; the longest wait of the engine, lately
 
     def start(self) -> None:
         self._thread.start()
@@ -68,6 +72,25 @@ class Pump:
             self._beside = True
         elif self._beside or time.thread_time() - self._went_on >= PIECE_S:
             self._pause(PAUSE_S if spare_s is None else SHORT_PAUSE_S)
+
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        """Around the sending of a frame, its longest piece. Of an engine that waits for a device it begins where the
+        wait has room for it; where none has, at the beginning of one."""
+        if threading.current_thread() is self._thread:
+            self._find_room(self._send_s + PASS_ON_S)
+        before = time.thread_time()
+        yield
+        self._send_s += 0.2 * (time.thread_time() - before - self._send_s)
+        self._beside = False
+
+    def _find_room(self, needed_s: float) -> None:
+        until = time.monotonic() + PATIENCE_S / 4
+        while self._feed.source.state == "running" and (spare_s := self._spare_s()) is not None:
+            self._room_s = max(spare_s, 0.99 * self._room_s)
+            if spare_s >= min(needed_s, MOST_OF * self._room_s) or time.monotonic() > until:
+                break
+            time.sleep(LOOK_S)
 
     def _spare_s(self) -> float | None:
         """For how long the engine's device will likely work yet; None: there is none."""
@@ -103,11 +126,12 @@ class Pump:
                 feed.error = error
             visible, source = len(feed.subscriptions.visible_ones()), feed.source
             is_fast = source.state == "running" and getattr(source, "steps_per_second", None) is None
-            switches.quick(self, bool(visible) and is_fast)
+            waits = self._spare_s() is not None
+            switches.quick(self, (DEVICE_SWITCH_S if waits else SWITCH_S) if visible and is_fast else None)
             due = max(began + self.pace.interval_s(visible), time.monotonic() + REST_S)
             if was_closed:  # all that it has said has just been sent
                 feed.end()
-        switches.quick(self, False)
+        switches.quick(self, None)
         while not self._jobs.empty():
             self._jobs.get()()
 
