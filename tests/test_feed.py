@@ -179,7 +179,7 @@ def test_a_page_that_never_acknowledges_is_not_waited_for(monkeypatch):
     assert len(page.frames) == 3
 
 
-@pytest.mark.parametrize("answers_after, asks", [(0.05, range(4, 6)), (0.15, range(7, 11))])
+@pytest.mark.parametrize("answers_after, asks", [(0.1, range(4, 6)), (0.2, range(7, 11))])
 def test_few_frames_ask_for_an_answer(monkeypatch, answers_after, asks):
     now, due = [100.0], deque()
     monkeypatch.setattr("widgets.clock.time.monotonic", lambda: now[0])

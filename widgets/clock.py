@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from tinyvllm.engine.events import Event
 
 ACK_INTERVAL_S, PROMPT_ACK_INTERVAL_S = 0.2, 0.5
-PROMPT_S = 0.1
+PROMPT_S = 0.15
 ACKS_UNDER_WAY = 2
 ACK_TIMEOUT_S = 1.0
 SAMPLES = 8  # events of a frame whose latency is taken
