@@ -132,16 +132,20 @@ def _setup(options: argparse.Namespace, core: int | None) -> str:
                         repository=str(REPOSITORY))
 
 
+def measure_at_work(page, phase: str, seconds: float, least_steps: int = 1) -> dict:
+    """The same, again and again until so many steps were seen: kernels may have to be compiled."""
+    while (found := measure(page, phase, seconds))["steps"] < least_steps:
+        page.python("assert live.error is None, live.error")
+    return found
+
+
 def take_rounds(page, options: argparse.Namespace) -> dict:
     """Every phase in every round, after all have warmed up."""
-    while measure(page, "six panels visible", 3)["steps"] < 300:  # kernels may have to be compiled
-        page.python("assert live.error is None, live.error")
+    measure_at_work(page, "six panels visible", 3, least_steps=300)
     taken = {phase: [] for phase in PHASES}
     for i in range(options.rounds):
         for phase in list(PHASES) if i % 2 == 0 else list(PHASES)[::-1]:
-            while not (last := measure(page, phase, options.seconds))["steps"]:  # one more kernel had to be compiled
-                page.python("assert live.error is None, live.error")
-            taken[phase].append(last)
+            taken[phase].append(last := measure_at_work(page, phase, options.seconds))
             print(f"round {i + 1}, {phase}: {last['mean_ms']:.3f} ms mean, {last['p99_ms']:.3f} p99, "
                   f"{last['frames']} frames, {last['trouble'] or 'no trouble'}", flush=True)
     return summarise(taken, options.seconds)
