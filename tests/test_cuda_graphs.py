@@ -19,6 +19,7 @@ from tests.model_files import write_tiny_model
 from tinyvllm import SamplingParams
 from tinyvllm.engine.llm_engine import LLMEngine
 from tinyvllm.kernels import numpy_backend
+from tinyvllm.kernels.attention.decode_registers import NO_HINTS
 from tinyvllm.kernels.device_array import DeviceArray
 from tinyvllm.kernels.fused import numpy_twin
 from tinyvllm.kernels.fused.take_sampled import take_sampled_numpy
@@ -26,7 +27,7 @@ from tinyvllm.loader.weights import numpy_weights
 from tinyvllm.model import llama, llama_fused
 from tinyvllm.model.config import ModelConfig
 from tinyvllm.model.rope_table import cos_sin_table
-from tinyvllm.runner import cuda_graphs, pinned, sampling
+from tinyvllm.runner import cuda_graphs, pinned, prompt_graphs, sampling
 from tinyvllm.runner.cuda import CUDABackend
 from tinyvllm.runner.model_runner import ModelRunner
 from tinyvllm.runner.sampling import parameters_in
@@ -96,17 +97,18 @@ def attention_without_padding(out, qkv, k, v, tables, seq_lens, starts, num_deco
 
 
 class HostBackend(HostMemory):
-    """A CUDABackend in host memory. graphs=False: llama.forward, one operation at a time."""
+    """A CUDABackend in host memory. replays=False: llama.forward, one operation at a time."""
 
     name = "cuda"
 
-    def __init__(self, graphs: bool):
-        self.graphs = graphs
+    def __init__(self, replays: bool):
+        self.replays = replays
         self.stream = HostStream()
-        self.fused = SimpleNamespace(stream=self.stream)
+        self.fused = SimpleNamespace(stream=self.stream, batch_invariant=False, hints=NO_HINTS,
+                                     num_multiprocessors=8)
         fused = {**numpy_twin.OPS, "attention": attention_without_padding}
         operations = numpy_backend.OPS
-        self.forward = (llama_fused.bind({name: self._queued(fused[name]) for name in llama_fused.OP_NAMES}) if graphs
+        self.forward = (llama_fused.bind({name: self._queued(fused[name]) for name in llama_fused.OP_NAMES}) if replays
                         else llama.bind({name: self._queued(operations[name]) for name in llama.OP_NAMES}))
         self.argmax, self.sample = self._queued(operations["argmax"]), self._queued(operations["sample"])
         self.take_sampled = self._queued(take_sampled_numpy)
@@ -115,8 +117,10 @@ class HostBackend(HostMemory):
     def _queued(self, operation):
         return lambda *arguments: self.stream.run(operation, arguments)
 
-    def decode_graphs(self, runner):
-        return cuda_graphs.DecodeGraphs(runner, self) if self.graphs else None
+    def graphs(self, runner):
+        if not self.replays:
+            return None, None
+        return cuda_graphs.DecodeGraphs(runner, self), prompt_graphs.PromptGraphs(runner, self)
 
     def upload(self, destination, host):
         part, staged = destination[:host.size].reshape(host.shape), host.copy()  # as the driver does
@@ -146,18 +150,19 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def make_engine(model, monkeypatch):
-    monkeypatch.setattr(cuda_graphs, "cuda", SimpleNamespace(current_context=lambda: None))
+    for module in (cuda_graphs, prompt_graphs):
+        monkeypatch.setattr(module, "cuda", SimpleNamespace(current_context=lambda: None))
     monkeypatch.setattr(pinned, "pinned_buffer", lambda size, last_use: (ctypes.c_char * size)())
     monkeypatch.setattr(pinned, "Event", HostEvent)
     config, weights = model
 
-    def make(graphs=True, ahead=False):
+    def make(graphs=True, ahead=False, caching=False):
         runner = ModelRunner(config, weights, HostBackend(graphs), num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE,
                              max_model_len=64, max_num_seqs=4, max_num_batched_tokens=32)
         runner.runs_ahead = ahead
         return LLMEngine(runner, vocab_size=config.vocab_size, eos_token_ids=(), num_blocks=NUM_BLOCKS,
                          block_size=BLOCK_SIZE, max_model_len=64, max_num_seqs=4, max_num_batched_tokens=32,
-                         enable_prefix_caching=False)
+                         enable_prefix_caching=caching)
 
     return make
 
@@ -368,9 +373,9 @@ def test_a_replayed_step_s_inputs_come_in_one_copy(make_engine, monkeypatch):
     copies, copy = [], stream.copy_to_device
     monkeypatch.setattr(stream, "copy_to_device", lambda *what: (copies.append(what[2]), copy(*what)))
     engine.step(ahead=True), engine.step(ahead=True), engine.step(ahead=True)
-    (bucket, width, greedy, _), = graphs._graphs
+    (bucket, width, greedy, *_), = graphs._graphs
     assert (bucket, greedy) == (4, False) and graphs.last_graph is not None
-    assert copies == [4 * (bucket * (7 + 5) + 3 * width)] * 3
+    assert copies == [4 * (bucket * (7 + 6) + 3 * width)] * 3
     engine.settle()
     device = parameters_in(graphs._inputs_on_device, bucket)
     np.testing.assert_array_equal(view(device.temperature), np.array([0.7, 1.7, 2.7, 0], np.float32))
@@ -495,3 +500,119 @@ def test_a_runner_is_let_go_of_at_once(make_engine):
         assert [reference() for reference in gone] == [None, None]
     finally:
         gc.enable()
+
+
+# ---- what attention is told of the lengths ----
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_attention_is_told_who_has_the_longest_context(make_engine, monkeypatch, ahead):
+    """At every step: the rows of those with a context, longest first, then those that are not there. A graph was
+    captured with what is to be done about it."""
+    engine, hints, orders, asked = make_engine(ahead=ahead), [], [], []
+    backend, graphs = engine.runner.backend, engine.runner._graphs
+    forward, begin = backend.forward, graphs.begin
+
+    def begun(output, watch):
+        finish = begin(output, watch)
+        backend.stream.synchronize()
+        bucket = graphs.buckets[np.searchsorted(graphs.buckets, len(output.requests))]
+        start = (cuda_graphs.NUMBERS + cuda_graphs.COLUMNS.index("order")) * bucket
+        orders.append((output.starts.copy(), view(graphs._inputs_on_device)[start:start + bucket].tolist()))
+        return finish
+
+    monkeypatch.setattr(cuda_graphs, "unevenness", lambda *sizes: (asked.append(sizes), sizes[0] % 3)[1])
+    monkeypatch.setattr(backend, "forward", lambda *a: (hints.append(backend.fused.hints), forward(*a)))
+    monkeypatch.setattr(graphs, "begin", begun)
+    add(engine, ["other", "it", "third"], count=12, temperature=0)
+    engine.add_request([3] * 20, SamplingParams(max_tokens=9, ignore_eos=True, temperature=0), "long")
+    run(engine)
+    assert len(orders) > 10 and {len(starts) for starts, _ in orders} >= {3, 4}
+    for starts, order in orders:
+        count = len(starts)
+        assert order[count:] == list(range(count, len(order))) and sorted(order) == list(range(len(order)))
+        assert (np.diff(starts[order[:count]]) <= 0).all()
+    kv_heads, multiprocessors = engine.runner.dims.num_kv_heads, backend.fused.num_multiprocessors
+    assert asked == [(max(starts) + 1, sum(starts + 1), len(starts), kv_heads, multiprocessors) for starts, _ in orders]
+    assert {key[4] for key in keys(engine)} == {0, 1, 2} and backend.fused.hints == NO_HINTS
+    assert {(hint.order is not None, hint.in_parts) for hint in hints} == {(False, False), (True, False), (True, True)}
+
+
+# ---- short prompts ----
+
+SHORT = {"it": PROMPTS["it"], "other": PROMPTS["other"], "of 16": [11] * 16, "of 17": list(range(40, 57)),
+         "of 32": [12, 13] * 16, "it again": PROMPTS["it"], "late": [4] * 16}
+
+
+def one_after_the_other(engine, **params):
+    tokens = {}
+    for name, prompt in SHORT.items():
+        engine.add_request(prompt, SamplingParams(max_tokens=4, ignore_eos=True, **params), name)
+        tokens.update(run(engine))
+    return tokens
+
+
+@SAMPLED
+@pytest.mark.parametrize("ahead", [False, True])
+def test_short_prompts_that_come_alone_are_replayed_and_sample_what_launched_ones_do(make_engine, params, ahead):
+    engine, eager = make_engine(ahead=ahead), make_engine(graphs=False)
+    assert one_after_the_other(engine, **params) == one_after_the_other(eager, **params)
+    prompts, greedy = engine.runner._prompt_graphs, not params["temperature"]
+    assert set(prompts.graphs) == {(16, greedy, False), (32, greedy, False)} and prompts.buckets == [16, 32]
+    assert prompts.last_graph is prompts.graphs[16, greedy, False]
+
+
+def test_a_replayed_prompt_with_tokens_that_are_not_there_writes_its_own_slots_only(make_engine):
+    """In a cache that is full of something else; attention's rows beyond the prompt's are whatever was there."""
+    engine, eager = make_engine(), make_engine(graphs=False)
+    caches = []
+    for one in (engine, eager):
+        for array in one.runner.kv_cache:
+            view(array)[:] = 0x3F80
+        for name in ("it", "of 17", "other"):
+            one.add_request(SHORT[name], SamplingParams(max_tokens=1, ignore_eos=True, temperature=0), name)
+            run(one)
+            view(one.runner.buffers.attn)[:] = 0x7FC0  # NaN
+        caches.append([view(array).copy() for array in one.runner.kv_cache])
+    assert engine.runner._prompt_graphs.last_graph is not None
+    for ours, theirs in zip(*caches):
+        np.testing.assert_array_equal(ours, theirs)
+        assert (ours != 0x3F80).any()
+
+
+def test_prompts_that_are_long_several_watched_or_not_whole_are_launched(make_engine):
+    engine, eager = make_engine(), make_engine(graphs=False)
+    for one in (engine, eager):
+        one.tokens = []
+        for prompts in ([[5] * 36], [[5, 6], [7, 8]], [[5] * 40, [9] * 3]):  # 32 tokens fit into a step
+            for i, prompt in enumerate(prompts):
+                one.add_request(prompt, SamplingParams(max_tokens=2, ignore_eos=True, temperature=0), str(i))
+            one.tokens.append(run(one))
+        one.runner.watch = watch_of(one, "it")
+        add(one, ["it"], temperature=0)
+        one.tokens.append(run(one))
+    assert engine.tokens == eager.tokens
+    assert engine.runner.watch.is_kept[:len(PROMPTS["it"])].all()
+    assert set(engine.runner._prompt_graphs.graphs) == {(16, True, False)}, "only the last 4 of 36 are short and alone"
+
+
+def test_a_prompt_whose_beginning_is_cached_is_replayed_too(make_engine):
+    engine, eager = make_engine(caching=True), make_engine(graphs=False, caching=True)
+    results = []
+    for one in (engine, eager):
+        results.append([])
+        for tail in ([1, 2, 3], [4], [5, 6, 7, 8]):
+            one.add_request([*range(60, 76), *tail], SamplingParams(max_tokens=3, ignore_eos=True, temperature=0), "x")
+            results[-1].append(run(one))
+    assert results[0] == results[1]
+    assert set(engine.runner._prompt_graphs.graphs) == {(32, True, False), (16, True, False)}, "19 tokens, then 4"
+
+
+def test_graphs_of_batch_invariant_steps_are_not_those_of_others(make_engine):
+    engine = make_engine()
+    for invariant in (False, True):
+        engine.runner.backend.fused.batch_invariant = invariant
+        add(engine, ["it"], temperature=0)
+        run(engine)
+    assert {key[-1] for key in keys(engine)} == {False, True}
+    assert set(engine.runner._prompt_graphs.graphs) == {(16, True, False), (16, True, True)}

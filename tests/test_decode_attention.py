@@ -113,11 +113,11 @@ def rng():
     return fresh_rng()
 
 
-def attend(monkeypatch, case, shape=None, *, fresh=False, rows_after=2):
+def attend(monkeypatch, case, shape=None, *, fresh=False, order=None, rows_after=2):
     """(rows that the kernels leave, those of `case` and a few after them; the kernels).
 
     shape: (warps, keys a part) in place of choose_shape's; None: batch_invariant. fresh: queries and the newest keys
-    and values are there after a wait only.
+    and values are there after a wait only. order: of the requests, as it is told where more blocks begin than fit.
     """
     qkv, k, v, tables, lens, _, num_decodes, scale, num_heads, num_kv_heads, head_dim, block_size = case
     emulator, made = DecodeEmulator(32, 0), []
@@ -150,6 +150,9 @@ def attend(monkeypatch, case, shape=None, *, fresh=False, rows_after=2):
     monkeypatch.setattr(fused, "_workspace", lambda size: emulator.put(np.full(size, np.nan, np.float32)))
     if shape is not None:
         monkeypatch.setattr(decode_registers, "choose_shape", lambda *sizes: shape)
+    if order is not None:
+        fused.hints = decode_registers.Hints(array(np.array(order, np.int32)))
+        fused.num_multiprocessors = 1
     fused.attention(array(out), *(array(x) if isinstance(x, np.ndarray) else x for x in case))
     assert [name for name, *_ in made] == ["decode", "combine_parts"][:len(made)]
     return out, made
@@ -202,6 +205,20 @@ def test_more_tiles_than_a_warp_has_lanes(check, head_dim):
 
 def test_tiles_within_a_larger_block(check):
     check((4, 2, 64), [70, 33], 2, 64, block_size=32)
+
+
+@pytest.mark.parametrize("part_keys", [64, 512])
+def test_any_order_gives_the_same(check, part_keys):
+    check((4, 2, 64), [40, 3, 130, 17], 2, part_keys, order=[2, 0, 3, 1])
+
+
+def test_requests_are_taken_in_the_order_that_is_told(rng, monkeypatch):
+    """So those that it leaves out are not computed."""
+    case = attention_case(rng, 4, 2, 64, 16, [40, 3, 130, 17], [1] * 4)
+    whole, _ = attend(monkeypatch, case, (2, 512))
+    out, _ = attend(monkeypatch, case, (2, 512), order=[2, 0, 2, 0])
+    np.testing.assert_array_equal(out[[0, 2]], whole[[0, 2]])
+    assert (out[[1, 3]] == POISON).all()
 
 
 def test_rows_without_a_context_are_left_alone(rng, monkeypatch):
@@ -257,6 +274,20 @@ def test_the_choice_is_the_best_one_measured(requests, width, shape):
     assert decode_registers.choose_shape(8 * requests, width, 132, 16) == shape
 
 
+@pytest.mark.parametrize("contexts, wanted", [
+    ([4000] + [200] * 63, 2), ([4000] + [500] * 63, 2), ([7800] + [4000] * 15, 2), ([4000] + [1000] * 63, 1),
+    (range(100, 4096, 62), 1), ([2000] + [100] * 127, 1), ([1000] + [100] * 63, 1), (range(100, 2000, 48), 1),
+    ([4000] * 64, 0), ([4000] * 8, 0), ([4000], 0), ([400, 10], 0), (range(200, 2048, 8), 0), ([1], 0)], ids=str)
+def test_contexts_are_uneven_if_one_would_be_left_alone(contexts, wanted):
+    assert decode_registers.unevenness(max(contexts), sum(contexts), len(contexts), 8, 132) == wanted
+
+
+@pytest.mark.parametrize("requests, width, shape", [(64, 4096, (8, 1024)), (64, 512, (4, 512)), (16, 8192, (16, 2048)),
+                                                    (256, 65536, (8, 8192)), (1, 8192, (16, 512))])
+def test_uneven_contexts_are_cut_in_four(requests, width, shape):
+    assert decode_registers.choose_shape(8 * requests, width, 132, 16, in_parts=True) == shape
+
+
 @pytest.mark.parametrize("head_dim, group", [(64, 1), (64, 4), (64, 16), (128, 8)])
 def test_whatever_is_chosen_fits(head_dim, group):
     """And at least half of the GPU has something to do, but where contexts are too short to be split for it."""
@@ -264,8 +295,12 @@ def test_whatever_is_chosen_fits(head_dim, group):
     for multiprocessors in (1, 78, 132):
         for contexts in (*range(1, 300), 1000, 2048, 100_000):
             for width in (16, 256, 512, 1000, 4096, 131_072):
+                for in_parts in (False, True):
+                    warps, part_keys = decode_registers.choose_shape(contexts, width, multiprocessors, at_once,
+                                                                     in_parts)
+                    assert part_keys % 16 == 0 and -(-width // part_keys) < 2**16
+                    warps_seen.add(warps)
                 warps, part_keys = decode_registers.choose_shape(contexts, width, multiprocessors, at_once)
-                warps_seen.add(warps)
                 assert part_keys % 16 == 0 and -(-width // part_keys) < 2**16
                 blocks = contexts * -(-width // part_keys)
                 assert part_keys == decode_registers.SHORTEST_PART or blocks > multiprocessors / 2

@@ -99,6 +99,19 @@ def test_ragged_batches_as_they_are_served(rng, fused, monkeypatch, requests, lo
     check(fused, attention_case(rng, 8, 2, 64, 16, contexts, [1] * requests), times=2)
 
 
+@pytest.mark.parametrize("part_keys", [256, 8192])
+def test_any_order_gives_the_same_bits(rng, fused, shape, monkeypatch, part_keys):
+    """Also with rows that are not there at its end."""
+    shape(8, part_keys)
+    contexts = [*rng.integers(1, 3000, 90).tolist(), 0, 0]
+    case = list(attention_case(rng, 8, 2, 64, 16, [max(1, n) for n in contexts], [1] * len(contexts)))
+    case[4] = np.array(contexts, np.int32)
+    plain = attend(fused, case)
+    for order in (np.argsort(-case[4]), rng.permutation(len(contexts))):
+        monkeypatch.setattr(fused, "hints", decode_registers.Hints(to_device(order.astype(np.int32))))
+        np.testing.assert_array_equal(attend(fused, case), plain)
+
+
 @pytest.mark.parametrize("warps", WARPS)
 def test_rows_without_a_context_are_left_alone(rng, fused, shape, warps):
     shape(warps, 256)

@@ -10,6 +10,7 @@ from tests.model_files import write_tiny_model
 from tests.parity_cases import CASES
 from tinyvllm import LLM, SamplingParams
 from tinyvllm.kernels.bf16 import bf16_to_float32
+from tinyvllm.runner.prompt_graphs import BUCKETS
 
 pytestmark = pytest.mark.gpu
 
@@ -48,8 +49,29 @@ def test_replayed_steps_give_the_tokens_of_launched_ones(folder, count, temperat
     replayed = [o.outputs[0].token_ids for o in llm.generate(wanted, params)]
     assert llm.runner._graphs.last_graph is not None, "no step was replayed"
     launched = make_llm(folder)
-    launched.runner._graphs = None
+    launched.runner._graphs = launched.runner._prompt_graphs = None
     assert replayed == [o.outputs[0].token_ids for o in launched.generate(wanted, params)]
+
+
+@pytest.mark.parametrize("length", [2, 16, 23, 32, 64, 100, 128])
+def test_a_replayed_prompt_has_the_logits_of_a_launched_one(folder, length):
+    """The same bits where no token is missing; and what other steps have left in the buffers is not read."""
+    rng, logits = fresh_rng(), {}
+    long, *short = (rng.integers(0, 370, count).tolist() for count in (300, length, length, length))
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    for replayed in (True, False):
+        llm, rows = make_llm(folder, enable_prefix_caching=False), []
+        if not replayed:
+            llm.runner._prompt_graphs = None
+        for prompt in short:  # launched, and captured; then replayed
+            llm.generate([long], params), llm.generate([prompt], params)
+            rows.append(bf16_to_float32(llm.runner.backend.download(llm.runner.buffers.logits[:1])))
+        logits[replayed] = np.concatenate(rows)
+        if replayed:
+            assert len(llm.runner._prompt_graphs.graphs) == 1 and llm.runner._prompt_graphs.last_graph is not None
+    if length in BUCKETS:
+        np.testing.assert_array_equal(logits[True], logits[False])
+    assert np.linalg.norm(logits[True] - logits[False]) < 0.02 * np.linalg.norm(logits[False])
 
 
 def serve_in_waves(llm, ahead, wanted, temperature):

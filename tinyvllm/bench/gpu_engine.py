@@ -102,7 +102,6 @@ def sampling(bench: Bench, rounds: int, batches=(1, 32, 256), prompt=32, new=128
 
 
 
-
 def ahead(bench: Bench, rounds: int, batches=(1, 32, 256), prompt=128, new=128, requests=256, longest=1024) -> Figures:
     """The next step begun before this one's tokens are known (engine/pipeline.py), against not so, in turn."""
     for batch in batches:
@@ -144,17 +143,15 @@ def _with_and_without(switch: str, measure: Callable[[bool], float], what: str, 
 
 @contextlib.contextmanager
 def batch_invariant(bench: Bench, on: bool):
-    """The option, and graphs of its own, for a while."""
-    fused, graphs = getattr(bench.backend, "fused", None), bench.runner._graphs
-    if fused is None or graphs is None:
+    """The option, for a while."""
+    fused = getattr(bench.backend, "fused", None)
+    if fused is None:
         raise RuntimeError("batch invariance is an option of the fused operations: leave out --eager")
     before, fused.batch_invariant = fused.batch_invariant, on
-    bench.graphs_by_way[before] = graphs._graphs
-    graphs._graphs = bench.graphs_by_way.setdefault(on, {})
     try:
         yield
     finally:
-        fused.batch_invariant, graphs._graphs = before, bench.graphs_by_way[before]
+        fused.batch_invariant = before
 
 
 @contextlib.contextmanager

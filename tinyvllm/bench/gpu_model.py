@@ -75,7 +75,6 @@ class Bench:
             self.fill(array, np.full(1 << 16, ONE, np.uint16) if "norm" in name else bits)
         self.runner = ModelRunner(self.config, store.finish(sizes.max_model_len), backend, **sizes._asdict())
         self.random = random.Random(0)
-        self.graphs_by_way: dict = {}  # see gpu_engine.batch_invariant
 
     def fill(self, array, bits: np.ndarray) -> None:
         """Write bits over all of a device array, again and again from their beginning."""

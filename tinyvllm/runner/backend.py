@@ -12,8 +12,8 @@ class Backend(Protocol):
 
     A backend may have more, which ModelRunner asks for: `eager_forward`, operations one by one where `forward` has a
     faster way; `fused`, not None if forward returns before the work is done; `staging(count)`, memory that uploads of
-    a step's inputs are made from (runner/batch.py); `decode_graphs(runner)`, something with can_run(output) and
-    begin(output, watch) that takes over decode steps, or None.
+    a step's inputs are made from (runner/batch.py); `graphs(runner)`, what takes over decode steps and the steps of a
+    short prompt (runner/cuda_graphs.py, runner/prompt_graphs.py), or (None, None).
     """
 
     name: str  # "cpu" or "cuda"

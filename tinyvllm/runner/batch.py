@@ -60,22 +60,28 @@ class BatchBuilder:
         self._upload = upload
 
     def build(self, output: SchedulerOutput, watch: Watch = NOT_WATCHED,
-              decode_ids: Sequence[int] | None = None) -> Batch:
+              decode_ids: Sequence[int] | None = None, room: tuple[int, int] | None = None) -> Batch:
         """The step's Batch, on the device.
 
         watch: what to keep of it, its positions on the host. decode_ids: the tokens of those that have one to compute,
-        if they are to be others than the requests' own.
+        if they are to be others than the requests' own. room: (tokens, blocks a request) that the arrays are made for,
+        at least what the step has; the tokens that are not there have no slot. Two steps of as many requests in the
+        same room have their arrays at the same addresses.
         """
         block_size, starts, counts, num_requests = self.block_size, output.starts, output.counts, len(output.requests)
         sizes = np.fromiter(map(len, output.block_ids), np.int32, num_requests)  # of the block tables
-        num_tokens, num_logits, width = int(counts.sum()), int(np.count_nonzero(output.samples)), int(sizes.max())
-        shapes = {"input_ids": (num_tokens,), "positions": (num_tokens,), "slot_mapping": (num_tokens,),
+        num_tokens, num_logits = int(counts.sum()), int(np.count_nonzero(output.samples))
+        tokens_made, width = room or (num_tokens, int(sizes.max()))
+        shapes = {"input_ids": (tokens_made,), "positions": (tokens_made,), "slot_mapping": (tokens_made,),
                   "block_tables": (num_requests, width), "seq_lens": (num_requests,),
                   "query_start_loc": (num_requests + 1,), "logits_indices": (num_logits,)}
         if is_watched := watch.positions.shape[0] > 0:
             shapes["watch_positions"] = watch.positions.shape
         staging = self._staging.take()
         host, used = parts(staging.array, shapes)
+        for name, missing in (("input_ids", 0), ("positions", 0), ("slot_mapping", -1)):
+            host[name][num_tokens:] = missing
+            host[name] = host[name][:num_tokens]
         tables, rows, positions = host["block_tables"], host["query_start_loc"], host["positions"]
         tables[:] = 0
         tables[np.arange(width) < sizes[:, None]] = list(chain.from_iterable(output.block_ids))

@@ -79,17 +79,18 @@ class CUDABackend:
 
         self.forward, self.argmax, self.sample, self.take_sampled = forward, argmax, sample, fused.take_sampled
 
-    def decode_graphs(self, runner):
-        """What replays decode steps of a model runner, or None if they have to be launched one by one."""
+    def graphs(self, runner):
+        """What replays a model runner's decode steps, and its short prompts; (None, None) if nothing can be."""
         from tinyvllm.kernels.fused.operations import can_choose, can_run
         from tinyvllm.runner.cuda_graphs import DecodeGraphs
+        from tinyvllm.runner.prompt_graphs import PromptGraphs
 
         if self.fused is None or not (can_run(runner.weights, runner.dims) and can_choose(runner.config.vocab_size)):
             if self.batch_invariant:
                 raise ConfigError("batch_invariant=True cannot be had on a GPU for this model (biases, or sizes that "
                                   "the fused operations do not have): leave it out, or use device='cpu'")
-            return None
-        return DecodeGraphs(runner, self)
+            return None, None
+        return DecodeGraphs(runner, self), PromptGraphs(runner, self)
 
     def linear_shape(self, num_rows: int, num_columns: int) -> tuple[int, ...]:
         return num_rows, num_columns

@@ -14,10 +14,12 @@ A graph is captured when its pair of buckets first comes up: that step is launch
 next time. What is captured is model/llama_fused.py itself; there is no second copy of the model here. A step with a
 watched request has graphs of its own, which also keep its rows; they end with the memory that they keep them in.
 
-    inputs   | sampling parameters | input_ids | positions | slot_mapping | seq_lens | watch_positions | block_tables |
+    inputs   | sampling parameters | input_ids | positions | slot_mapping | seq_lens | watch_positions | order |
+             | block_tables |
 
 (int32, for one pair of buckets; sampling parameters as in runner/sampling.py). A step whose requests are all greedy
-ends with argmax, any other one with a draw: neither looks at the parameters on the host.
+ends with argmax, any other one with a draw: neither looks at the parameters on the host. `order`, the rows from the
+longest context to the shortest, is for attention where contexts are uneven (kernels/attention/decode_registers.py).
 """
 
 import weakref
@@ -29,15 +31,17 @@ import numpy as np
 
 from tinyvllm.engine.scheduler import SchedulerOutput
 from tinyvllm.kernels.attention.decode import SPLIT
+from tinyvllm.kernels.attention.decode_registers import NO_HINTS, Hints, unevenness
 from tinyvllm.kernels.cuda_support import ceil_div, cuda
 from tinyvllm.kernels.device_array import DeviceArray
+from tinyvllm.kernels.driver import Graph, Stream
 from tinyvllm.model.llama import NOT_WATCHED, Batch, Watch
 from tinyvllm.runner.block_tables import BlockTables
 from tinyvllm.runner.pinned import Pinned, PinnedPair
 from tinyvllm.runner.sampling import NUMBERS, SamplingParameters, fill, fill_positions, parameters_in
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # numbers of requests
-COLUMNS = ("input_ids", "positions", "slot_mapping", "seq_lens", "watch_positions")
+COLUMNS = ("input_ids", "positions", "slot_mapping", "seq_lens", "watch_positions", "order")
 INT32 = np.dtype(np.int32)
 
 
@@ -62,10 +66,10 @@ class DecodeGraphs:
         self._inputs_on_device = backend.empty((size,), np.int32)
         self._indices = backend.empty((self.buckets[-1] + 1,), np.int32)
         backend.put(self._indices, 0, np.arange(self.buckets[-1] + 1, dtype=np.int32))
-        self._graphs: dict[tuple[int, int, bool, bool], Any] = {}  # requests, width, greedy, watched
+        self._graphs: dict[tuple, Any] = {}  # requests, width, greedy, watched, unevenness, invariant
         self._kept_in: tuple | None = None  # the memory that graphs of watched steps were captured for
-        self._requests: list | None = None  # of the step that was begun last, and whether none of them draws
-        self._greedy = True
+        self._requests: list | None = None  # of the step that was begun last; whether none of them draws; their order
+        self._greedy, self._order = True, np.arange(self.buckets[-1], dtype=np.int32)
         self.last_graph = None  # that was replayed, for measurements
 
     def can_run(self, output: SchedulerOutput) -> bool:
@@ -79,9 +83,14 @@ class DecodeGraphs:
         cuda.current_context()
         count = len(output.requests)
         bucket = self.buckets[bisect_left(self.buckets, count)]
-        width = self._width(int(output.starts.max()) // self.block_size + 1)
+        longest = int(output.starts.max()) + 1
+        width = self._width(ceil_div(longest, self.block_size))
+        uneven = unevenness(longest, int(output.starts.sum()) + count, count, self.runner.dims.num_kv_heads,
+                            self.backend.fused.num_multiprocessors)
         if output.requests is not self._requests:
             self._greedy = not any(request.params.temperature for request in output.requests)
+            self._order[:count] = np.argsort(-output.starts, kind="stable")  # they all grow alike: it stays
+            self._order[count:] = range(count, len(self._order))
             self._requests = output.requests
         greedy, watched = self._greedy, self._prepare_to_keep(watch)
         inputs = self._inputs.take()
@@ -89,18 +98,19 @@ class DecodeGraphs:
         self.stream.copy_to_device(self._inputs_on_device.address, inputs.address, 4 * used)
         inputs.copying()
 
-        key = bucket, width, greedy, watched
-        graph = self._graphs.get(key)
-        if graph is not None:
-            graph.launch(self.stream)
-            self.last_graph = graph
-        else:
-            batch = self._batch(bucket, width, watch)
-            parameters = None if greedy else parameters_in(self._inputs_on_device, bucket)
-            self._launch(batch, parameters)
-            with self.stream.capture() as captured:
-                self._launch(batch, parameters)
-            self._graphs[key] = captured.graph
+        def launch() -> None:
+            batch, order = self._batch(bucket, width, watch)
+            fused.hints = Hints(order if uneven else None, uneven == 2)
+            try:
+                self.backend.take_sampled(batch.input_ids, self.runner.token_ids)
+                compute(self.runner, self.backend, batch,
+                        None if greedy else parameters_in(self._inputs_on_device, bucket))
+            finally:
+                fused.hints = NO_HINTS
+
+        fused = self.backend.fused
+        key = bucket, width, greedy, watched, uneven, fused.batch_invariant
+        self.last_graph = replay(self._graphs, key, self.stream, launch) or self.last_graph
         download = self.backend.download_later(self.runner.token_ids[:count])
         return lambda: download().tolist()
 
@@ -146,6 +156,7 @@ class DecodeGraphs:
         columns[2, count:], columns[3, count:] = -1, 0  # rows that are not there: no slot, no context
         if watch.positions.shape[0]:
             columns[4, :count], columns[4, count:] = watch.positions, -1
+        columns[5] = self._order[:bucket]
         if not greedy:
             if output.requests == inputs.requests:
                 fill_positions(parameters, next_starts)
@@ -157,7 +168,8 @@ class DecodeGraphs:
         tables[:count, :filled] = self._tables.array[:count, :filled]
         return first_table + count * width
 
-    def _batch(self, bucket: int, width: int, watch: Watch) -> Batch:
+    def _batch(self, bucket: int, width: int, watch: Watch) -> tuple[Batch, DeviceArray]:
+        """The step's inputs on the device, and their order."""
         inputs = self._inputs_on_device
         address = inputs.address + 4 * NUMBERS * bucket
 
@@ -165,20 +177,36 @@ class DecodeGraphs:
             return DeviceArray(address + 4 * offset, shape, INT32, inputs)
 
         columns = {name: part(i * bucket, bucket) for i, name in enumerate(COLUMNS)}
-        positions = columns.pop("watch_positions")
+        positions, order = columns.pop("watch_positions"), columns.pop("order")
         if watch.positions.shape[0]:
             watch = watch._replace(positions=positions)
         return Batch(**columns, block_tables=part(len(COLUMNS) * bucket, bucket, width),
                      query_start_loc=self._indices[:bucket + 1], logits_indices=self._indices[:bucket],
-                     num_decodes=bucket, watch=watch)
+                     num_decodes=bucket, watch=watch), order
 
-    def _launch(self, batch: Batch, parameters: SamplingParameters | None) -> None:
-        """parameters: of the rows, on the device; None: they are all greedy."""
-        runner, bucket = self.runner, batch.num_decodes
-        self.backend.take_sampled(batch.input_ids, runner.token_ids)
-        self.backend.forward(runner.weights, runner.kv_cache, batch, runner.buffers, runner.dims)
-        token_ids, logits = runner.token_ids[:bucket], runner.buffers.logits[:bucket]
-        if parameters is None:
-            self.backend.argmax(token_ids, logits)
-        else:
-            self.backend.sample(token_ids, logits, *parameters)
+
+def compute(runner: Any, backend: Any, batch: Batch, parameters: SamplingParameters | None) -> None:
+    """A step's forward pass and, from its logits, tokens for the first rows of runner.token_ids.
+
+    parameters: of these rows, on the device; None: they are all greedy.
+    """
+    backend.forward(runner.weights, runner.kv_cache, batch, runner.buffers, runner.dims)
+    count = batch.logits_indices.shape[0]
+    token_ids, logits = runner.token_ids[:count], runner.buffers.logits[:count]
+    if parameters is None:
+        backend.argmax(token_ids, logits)
+    else:
+        backend.sample(token_ids, logits, *parameters)
+
+
+def replay(graphs: dict, key: tuple, stream: Stream, launch: Callable[[], None]) -> Graph | None:
+    """Replay graphs[key] and return it; or else launch, capture that for the next time, and return None."""
+    graph = graphs.get(key)
+    if graph is not None:
+        graph.launch(stream)
+    else:
+        launch()
+        with stream.capture() as captured:
+            launch()
+        graphs[key] = captured.graph
+    return graph

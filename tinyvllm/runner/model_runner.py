@@ -33,7 +33,7 @@ class ModelRunner:
         max_blocks = min(num_blocks, -(-max_model_len // block_size))
         self.builder = BatchBuilder(max_num_batched_tokens, max_num_seqs, max_blocks, block_size,
                                     backend.empty, backend.upload, getattr(backend, "staging", OneStaging))
-        self._sampling = SamplingInputs(backend, max_num_seqs)
+        self.sampling_inputs = SamplingInputs(backend, max_num_seqs)
         self.token_ids = backend.empty((max_num_seqs,), np.int32)  # what was sampled last, on the device
         self.max_num_seqs, self.max_blocks = max_num_seqs, max_blocks
         # For who looks in between two steps (tinyvllm/probe):
@@ -47,7 +47,9 @@ class ModelRunner:
         self._rows_before = -1 - np.arange(max_num_seqs, dtype=np.int32)  # input_ids of the same rows once more
         self._num_begun = 0
         self.eager = False  # launch the operations of model/llama.py one by one, also where there is a faster way
-        self._graphs = backend.decode_graphs(self) if hasattr(backend, "decode_graphs") else None
+        self._graphs = self._prompt_graphs = None
+        if hasattr(backend, "graphs"):
+            self._graphs, self._prompt_graphs = backend.graphs(self)
 
     @property
     def begin(self) -> Callable[[SchedulerOutput], Callable[[], dict[str, int]]]:
@@ -74,6 +76,8 @@ class ModelRunner:
         looked_at = self.eager or self.profiler is not None
         if self._graphs is not None and not looked_at and self._graphs.can_run(output):
             finish = self._graphs.begin(output, keep)
+        elif self._prompt_graphs is not None and not looked_at and self._prompt_graphs.can_run(output, keep):
+            finish = self._prompt_graphs.begin(output)
         else:
             finish = self._launch(output, requests, keep)
         self._sampled = requests
@@ -140,7 +144,7 @@ class ModelRunner:
         if all(request.params.temperature == 0 for request in sampled):
             compute.argmax(token_ids, logits)
             return token_ids
-        compute.sample(token_ids, logits, *self._sampling.put(sampled, positions))
+        compute.sample(token_ids, logits, *self.sampling_inputs.put(sampled, positions))
         return token_ids
 
 

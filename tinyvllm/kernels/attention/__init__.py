@@ -22,6 +22,6 @@ table.
 All of them cut the context at fixed positions, counted from its first token, and add in that order. So what a
 row gets from a kernel does not depend on how its prompt was cut into chunks, or on what was in the cache
 already. Nor does it depend on the batch around it, but for decode_registers.py: there how many the requests are, and
-how long the longest, says how long the parts are, unless FusedOperations.batch_invariant fixes them. (On the GPU,
-prefill and decode cut differently: the last bits of a row depend on which of the two computed it.)
+how long the longest is beside the others, says how long the parts are, unless FusedOperations.batch_invariant fixes
+them. (On the GPU, prefill and decode cut differently: the last bits of a row depend on which of the two computed it.)
 """
