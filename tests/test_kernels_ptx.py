@@ -116,6 +116,8 @@ FEW_ROWS = {f"few_rows_{n}_{depth}_{after}": lambda d, n=n, depth=depth, norm=no
             for depth, norm, after, size in (
                 (2048, True, "rope", 64), (2048, True, "silu", 0), (2048, True, "plain", 0), (2048, False, "add", 0),
                 (8192, False, "add", 0), (200, True, "rope", 80), (4096, True, "rope", 128))}
+NARROW = {f"few_rows_{n}_narrow_{after}": lambda d, n=n, after=after: few_rows.few_rows_kernel(
+    n, 8192, False, after, 0, d, True) for n in (1, 2) for after in ("add", "plain")}
 
 
 LAYER = {"qkv": (3072, 2048, "rope", 64), "o": (2048, 2048, "add", 0), "gate_up": (16384, 2048, "silu", 0),
@@ -182,15 +184,15 @@ def test_ptx_grade_kernels_keep_everything_in_registers(name, capability):
 
 
 @pytest.mark.parametrize("dependent, capability", [(False, (8, 0)), (True, (9, 0))], ids=["sm_80", "sm_90"])
-@pytest.mark.parametrize("name", [*POINTWISE, *FEW_ROWS])
+@pytest.mark.parametrize("name", [*POINTWISE, *FEW_ROWS, *NARROW])
 def test_fused_kernels_keep_everything_in_registers(name, dependent, capability):
-    kernel = {**POINTWISE, **FEW_ROWS}[name](dependent)
+    kernel = {**POINTWISE, **FEW_ROWS, **NARROW}[name](dependent)
     ptx, registers, spills, stack = assemble(kernel, kernel.numba_signature(), capability)
     assert spills == 0 and stack == 0 and ".local" not in ptx
     threads, blocks = kernel.options["launch_bounds"]
     assert registers * threads * blocks <= 65536
     assert ("griddepcontrol.wait" in ptx) == ("griddepcontrol.launch_dependents" in ptx) == dependent
-    if name in FEW_ROWS:
+    if name.startswith("few_rows"):
         loads = ptx.index("ld.global.nc.L1::no_allocate.L2::128B.v4.b32")
         assert "mma.sync.aligned.m16n8k16" in ptx
         assert not dependent or loads < ptx.index("griddepcontrol.wait"), "weights are asked for before the wait"

@@ -45,7 +45,8 @@ def run_both(fused, name, outs, *arguments):
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("hidden, outputs", [(64, 40), (200, 72), (2048, 2048), (8192, 2048), (1000, 520)])
+@pytest.mark.parametrize("hidden, outputs", [(64, 40), (200, 72), (2048, 2048), (8192, 2048), (4096, 1000),
+                                             (1000, 520)])
 def test_linear_add(rng, fused, rows, hidden, outputs):
     residual, x = random_bf16(rng, rows, outputs), random_bf16(rng, rows, hidden)
     weight = random_bf16(rng, outputs, hidden, scale=hidden**-0.5)

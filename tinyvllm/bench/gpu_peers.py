@@ -107,7 +107,7 @@ def differ(peer: TorchPeer, ours: Any, theirs: Any) -> None:
 
 def product(fused: Any, out: Any, x: Any, weight: Any) -> None:
     """out = x @ weight.T by the kernel that a step takes for so many rows, and nothing else."""
-    few = fused._few_rows(x, False, "plain")
+    few = fused._few_rows(x, weight.shape[0], False, "plain")
     if few is not None:
         fused._run_few_rows(few, "plain", out, x, weight)
     else:

@@ -35,8 +35,8 @@ from tinyvllm.kernels.cuda_support import cuda, device_function, simulated
 __all__ = ["widen_cuda", "narrow_cuda", "instruction", "mma_m16n8k16", "ldmatrix_x4",
            "ldmatrix_x4_transposed", "cp_async_16", "cp_async_commit", "cp_async_wait", "load_16_bytes",
            "load_16_bytes_cached", "load_u32", "load_i32", "load_u16", "store_u32", "store_u16", "store_f32",
-           "load_f32", "load_shared_f32", "store_shared_f32", "low_bf16", "high_bf16", "pack_bf16", "exp2",
-           "divide", "maximum", "shuffle_xor", "thread_index", "lane_index", "block_index_x", "block_index_y",
+           "load_f32", "load_shared_f32", "load_shared_u32", "store_shared_f32", "low_bf16", "high_bf16", "pack_bf16",
+           "exp2", "divide", "maximum", "shuffle_xor", "thread_index", "lane_index", "block_index_x", "block_index_y",
            "block_index_z", "grid_size_x", "dynamic_shared", "warp_barrier", "load_shared_16_bytes",
            "store_shared_16_bytes", "store_shared_two_f32", "store_16_bytes", "load_8_bytes",
            "store_8_bytes", "wait_for_previous_kernel",
@@ -171,6 +171,7 @@ store_f32 = instruction("st.global.f32 [$0], $1;", "", "u64 f32", memory=True)
 load_shared_f32 = instruction("ld.shared.f32 $0, [$1];", "f32", "u32", memory=True)
 store_shared_f32 = instruction("st.shared.f32 [$0], $1;", "", "u32 f32", memory=True)
 
+load_shared_u32 = instruction("ld.shared.b32 $0, [$1];", "u32", "u32", memory=True)
 load_shared_16_bytes = instruction("ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];", "u32 u32 u32 u32", "u32", memory=True)
 store_shared_16_bytes = instruction("st.shared.v4.b32 [$0], {$1,$2,$3,$4};", "", "u32 u32 u32 u32 u32", memory=True)
 store_shared_two_f32 = instruction("st.shared.v2.f32 [$0], {$1,$2};", "", "u32 f32 f32", memory=True)

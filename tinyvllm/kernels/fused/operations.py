@@ -69,6 +69,7 @@ class FusedOperations:
         self.stream, self.batch_invariant = stream, batch_invariant
         self.hopper = self.dependent = compute_capability() == (9, 0) if hopper is None else hopper
         self.wgmma_prefill_rows = WGMMA_PREFILL_ROWS
+        self.hints = decode_registers.NO_HINTS  # for decode attention; whoever sets others sets these again
         self.maps = TensorMaps(stream)
         self.num_multiprocessors = cuda.get_current_device().MULTIPROCESSOR_COUNT
         self._scratch: dict[int, Any] = {}  # kept for good: graphs refer to them
@@ -86,7 +87,7 @@ class FusedOperations:
 
     def norm_qkv_rope_write(self, qkv, k_cache, v_cache, hidden, residual, norm_weight, weight, positions, slots,
                             cos_sin, eps, num_heads, num_kv_heads, head_dim, block_size) -> None:
-        fused = self._few_rows(residual, True, "rope", head_dim)
+        fused = self._few_rows(residual, weight.shape[0], True, "rope", head_dim)
         if fused is not None:
             self._run_few_rows(fused, "rope", qkv, residual, weight, (
                 norm_weight.address, 0, positions.address, slots.address, cos_sin.address, k_cache.address,
@@ -121,7 +122,7 @@ class FusedOperations:
                       block_size, dependent=False)
 
     def linear_add(self, residual, hidden, x, weight) -> None:
-        fused = self._few_rows(x, False, "add")
+        fused = self._few_rows(x, weight.shape[0], False, "add")
         if fused is not None:
             self._run_few_rows(fused, "add", residual, x, weight)
             return
@@ -133,7 +134,7 @@ class FusedOperations:
                   rows.THREADS, 0, residual.address, hidden.address)
 
     def norm_gate_up(self, act, gate_up, hidden, residual, norm_weight, weight, eps) -> None:
-        fused = self._few_rows(residual, True, "silu")
+        fused = self._few_rows(residual, weight.shape[0], True, "silu")
         if fused is not None:
             self._run_few_rows(fused, "silu", act, residual, weight, (norm_weight.address, *NO_ADDRESSES[1:]),
                                (0, 0, 0, eps))
@@ -149,7 +150,7 @@ class FusedOperations:
     def norm_logits(self, logits, last, residual, indices, norm_weight, weight, eps) -> None:
         if not logits.shape[0]:
             return
-        fused = self._few_rows(last, True, "plain")
+        fused = self._few_rows(last, weight.shape[0], True, "plain")
         if fused is not None:
             self._run_few_rows(fused, "plain", logits, residual, weight,
                                (norm_weight.address, indices.address, *NO_ADDRESSES[2:]), (0, 0, 0, eps),
@@ -218,18 +219,19 @@ class FusedOperations:
         few = self.hopper and num_rows <= FEW_ROWS_HOPPER and not self.batch_invariant
         return few_rows.SHARED_PERCENT[_bucket(num_rows)] if few else None
 
-    def _few_rows(self, x, norm: bool, after: str, head_dim: int = 0):
+    def _few_rows(self, x, num_outputs: int, norm: bool, after: str, head_dim: int = 0):
         """The kernel for a few rows, or None if there are too many, or too wide ones. (It adds up in another order than
         those for many.)"""
         num_rows, depth = x.shape
         if self.batch_invariant or num_rows > (FEW_ROWS_HOPPER if self.hopper else few_rows.MAX_ROWS):
             return None
-        kernel = few_rows.few_rows_kernel(_bucket(num_rows), depth, norm, after, head_dim, self.dependent)
+        narrow = self.hopper and few_rows.can_be_narrow(num_rows, depth, after, num_outputs, self.num_multiprocessors)
+        kernel = few_rows.few_rows_kernel(_bucket(num_rows), depth, norm, after, head_dim, self.dependent, narrow)
         return kernel if kernel.shared_bytes <= MOST_SHARED_BYTES else None
 
     def _run_few_rows(self, kernel, after, out, x, weight, addresses=NO_ADDRESSES, numbers=(0, 0, 0, 0.0),
                       num_rows=None) -> None:
-        tiles = few_rows.num_tiles(after, weight.shape[0])
+        tiles = few_rows.num_tiles(after, weight.shape[0], kernel.narrow)
         self._run(kernel, (min(tiles, 2 * self.num_multiprocessors), 1, 1), kernel.threads, kernel.shared_bytes,
                   out.address, x.address, weight.address, *addresses, x.shape[0] if num_rows is None else num_rows,
                   weight.shape[0], tiles, *numbers)
@@ -295,11 +297,13 @@ class FusedOperations:
         percent = self._shared_percent(out.shape[0])
         head_blocks = num_kv_heads * ceil_div(group, 16)
         straight = self.hopper and decode_registers.can_run(head_dim, group, block_size)
+        order, num_contexts = self.hints.order, num_decodes * head_blocks
         if straight:
             warps, part_keys = decode_registers.INVARIANT_SHAPE if self.batch_invariant else (
-                decode_registers.choose_shape(num_decodes * head_blocks, max_blocks * block_size,
-                                              self.num_multiprocessors,
-                                              decode_registers.warps_at_once(head_dim, group)))
+                decode_registers.choose_shape(num_contexts, max_blocks * block_size, self.num_multiprocessors,
+                                              decode_registers.warps_at_once(head_dim, group), self.hints.in_parts))
+            if num_contexts <= self.num_multiprocessors:  # all begin at once
+                order = None
             percent = percent or decode_registers.SHARED_PERCENT
             kernel = decode_registers.decode_registers_kernel(head_dim, group, block_size, warps, percent)
         else:
@@ -311,7 +315,8 @@ class FusedOperations:
                      seq_lens.address)
         if straight:
             self._run(kernel, (head_blocks, splits, num_decodes), kernel.threads, kernel.shared_bytes, *addresses,
-                      max_blocks, part_keys, splits, scale, num_heads, num_kv_heads)
+                      0 if order is None else order.address, max_blocks, part_keys, splits, scale, num_heads,
+                      num_kv_heads)
         else:
             self._run(kernel, (splits, head_blocks, num_decodes), kernel.threads, kernel.shared_bytes, *addresses,
                       max_blocks, splits, scale, num_heads, num_kv_heads, block_size)

@@ -16,7 +16,8 @@ import math
 import numpy as np
 
 from tinyvllm.kernels.cuda_support import ceil_div, cuda, kernel
-from tinyvllm.kernels.gemm.few_rows import LOG2_E, PIECE
+from tinyvllm.kernels.gemm.few_rows import PIECE
+from tinyvllm.kernels.gemm.few_rows_output import LOG2_E
 from tinyvllm.kernels.ptx import (
     block_index_x,
     block_index_y,

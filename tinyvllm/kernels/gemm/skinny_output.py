@@ -17,7 +17,7 @@ with the roundings that the operations have by themselves (residual_add.py, silu
 import numpy as np
 
 from tinyvllm.kernels.cuda_support import device_function
-from tinyvllm.kernels.gemm.few_rows import LOG2_E
+from tinyvllm.kernels.gemm.few_rows_output import LOG2_E
 from tinyvllm.kernels.hopper import cluster_sum
 from tinyvllm.kernels.ptx import (
     divide,
