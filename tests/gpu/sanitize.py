@@ -92,17 +92,21 @@ def run_tool(tool: str, module: list, until: float, environment: dict[str, str] 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The GPU tests under compute-sanitizer.")
     parser.add_argument("--only", choices=tuple(TESTS), help="one of the tools")
+    parser.add_argument("--files", default=",".join(sorted({file for files in TESTS.values() for file in files})),
+                        help="some of %(default)s")
     parser.add_argument("--limit", type=float, default=1200, metavar="S", help="for all of it (%(default)s)")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="shards at a time")
     parser.add_argument("--json", type=Path, help="write the findings to this file")
     options = parser.parse_args()
     if shutil.which("compute-sanitizer") is None:
         sys.exit("compute-sanitizer is not on the PATH: it comes with NVIDIA's CUDA toolkit")
+    if unknown := set(options.files.split(",")) - {file for files in TESTS.values() for file in files}:
+        parser.error(f"--files: there are no tests of {', '.join(sorted(unknown))}")
     until = time.perf_counter() + options.limit
     tools = [tool for tool in TESTS if options.only in (None, tool)]
     work = [(run_control, tool, until) for tool in tools]
     work += [(run_shard, tool, file, which, number, count, until) for tool in tools
-             for file, (which, count) in TESTS[tool].items() for number in range(1, count + 1)]
+             for file, (which, count) in TESTS[tool].items() if file in options.files.split(",") for number in range(1, count + 1)]
     findings = []
     with ThreadPoolExecutor(options.jobs) as pool:
         for done in as_completed([pool.submit(*piece) for piece in work]):
