@@ -21,14 +21,22 @@ def test_every_copy_is_as_a_dict_of_its_own_would_be(seed):
             ours[key] = plain[key] = number
         elif what == 6:
             keys = [draw.randrange(5 * PAGE) for _ in range(40)]
-            ours.update(dict.fromkeys(keys))
-            plain.update(dict.fromkeys(keys))
+            items = dict.fromkeys(keys, number) if number % 2 else [(key, number) for key in keys]
+            ours.update(items)
+            plain.update(items)
+        elif what == 7:
+            keys = [draw.randrange(5 * PAGE) for _ in range(20)]
+            ours.discard_all(keys)
+            for key in keys:
+                plain.pop(key, None)
         else:
             assert ours.pop(key, "absent") == plain.pop(key, "absent")
         assert (key in ours) == (key in plain) and ours.get(key, "absent") == plain.get(key, "absent")
         for ours, plain in pairs:
             assert len(ours) == len(plain)
     for ours, plain in pairs:
+        for number in range(6):
+            assert ours.page(number) == {key: plain[key] for key in plain if key // PAGE == number}
         assert dict(ours) == plain and sorted(ours) == sorted(plain) and ours == plain and bool(ours) == bool(plain)
     assert len(pairs) == 12
 

@@ -8,7 +8,7 @@ millisecond, and memory for what changed.
     copy     the same pages; whoever writes first makes a page of its own
 """
 
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from itertools import chain
 from typing import Any, Generic, Self, TypeVar
 
@@ -56,6 +56,28 @@ class CopyOnWriteDict(MutableMapping[int, Value], Generic[Value]):
             raise KeyError(key)
         del self._own_page(key // PAGE)[key]
         self._size -= 1
+
+    def update(self, items: Mapping[int, Value] | Iterable[tuple[int, Value]] = ()) -> None:
+        """Set many: several times as quick as one by one."""
+        pages, own, added = self._pages, self._own, 0
+        for key, value in items.items() if isinstance(items, Mapping) else items:
+            number = key // PAGE
+            page = pages[number] if number in own else self._own_page(number)
+            added -= len(page)
+            page[key] = value
+            added += len(page)
+        self._size += added
+
+    def discard_all(self, keys: Iterable[int]) -> None:
+        """Remove many, whether they are there or not."""
+        for key in keys:
+            if key in self._pages.get(key // PAGE, _NONE):
+                del self._own_page(key // PAGE)[key]
+                self._size -= 1
+
+    def page(self, number: int) -> Mapping[int, Value]:
+        """What it holds of the keys from PAGE * number on, PAGE of them: for who looks at many that are neighbours."""
+        return self._pages.get(number, _NONE)
 
     def __iter__(self) -> Iterator[int]:
         return chain.from_iterable(self._pages.values())

@@ -9,8 +9,9 @@ Of such a run of steps the first and the last are looked at: a request that got 
 steps, each of them with as many tokens as rows, was in all of them. Tokens are turned on their side by zip, which is C,
 and each request is visited once a run: a += [11, 13], b += [12, 14].
 
-What blocks do changes nothing of what steps and tokens do, nor the other way round; so a run goes on over them. What is
-told of a request of the run ends it. All that is in no run goes the long way.
+What blocks do changes nothing of what steps and tokens do, nor the other way round; so a run goes on over them. Fresh
+blocks have no owner but the one they were allocated for, and of what the prefix cache does with a block only the last
+matters. What is told of a request of the run ends it. All that is in no run goes the long way.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,9 +25,10 @@ from tinyvllm.engine.state_records import StepState
 if TYPE_CHECKING:
     from tinyvllm.engine.state import EngineState
 
+PIECE = 64  # events of blocks that are applied in one go
 SHORTEST = 4  # steps of a run, and events of tokens that are turned on their side: with fewer the long way is shorter
 
-_BESIDE = frozenset(("blocks_allocated", "blocks_shared", "blocks_freed", "step_profiled"))
+_BESIDE = frozenset(("blocks_shared", "blocks_freed", "step_profiled"))
 _USUAL = frozenset(KINDS) - {"engine_config", "policy_changed"}
 
 _seq, _kind = itemgetter(0), itemgetter(2)
@@ -44,32 +46,67 @@ def apply_usual(state: "EngineState", events: Sequence[Event], handlers: dict[st
     """Apply events for which `are_usual` holds. breathe: called now and then, so that others get the interpreter."""
     steps: list[Event] = []  # step_begun, step_ended
     tokens: list[Event] = []
-    cached: list[int] = []
+    blocks: list[Event] = []  # blocks_allocated
+    findable: dict[int, bool] = {}  # what became of a block in the prefix cache at last
     for i, event in enumerate(events, 1):
         if not i % 24:
             breathe()
         kind = event[2]
         if kind == "block_cached" and isinstance(event[5], int):
-            cached.append(event[5])
+            findable[event[5]] = True
+        elif kind == "blocks_evicted":
+            findable.update(dict.fromkeys(event[5], False))
+        elif kind == "blocks_allocated":
+            blocks.append(event)
         elif kind == "tokens":
             tokens.append(event)
         elif kind == "step_begun" or kind == "step_ended":
             steps.append(event)
-        elif kind in _BESIDE:
-            handlers[kind](state, event)
-        elif kind == "blocks_evicted":
-            state.cached_blocks.update(dict.fromkeys(cached))
-            cached = []
-            handlers[kind](state, event)
         else:
-            _apply_steps(state, steps, breathe)
-            _apply_tokens(state, tokens, breathe)
-            steps, tokens = [], []
+            _apply_blocks(state, blocks, breathe)
+            blocks = []
+            if kind not in _BESIDE:
+                _apply_steps(state, steps, breathe)
+                _apply_tokens(state, tokens, breathe)
+                steps, tokens = [], []
+                if kind == "block_cached":  # many, told again
+                    _apply_findable(state, findable)
+                    findable = {}
             handlers[kind](state, event)
-    state.cached_blocks.update(dict.fromkeys(cached))
+    _apply_blocks(state, blocks, breathe)
+    _apply_findable(state, findable)
     _apply_steps(state, steps, breathe)
     _apply_tokens(state, tokens, breathe)
     state.next_seq = events[-1][0] + 1
+
+
+def _apply_findable(state: "EngineState", findable: dict[int, bool]) -> None:
+    """Events block_cached and blocks_evicted, of each block the last one."""
+    state.cached_blocks.update({block_id: None for block_id, is_so in findable.items() if is_so})
+    state.cached_blocks.discard_all(block_id for block_id, is_so in findable.items() if not is_so)
+
+
+def _apply_blocks(state: "EngineState", events: list[Event], breathe: Callable[[], None]) -> None:
+    """Events blocks_allocated, while none are freed or shared: of blocks that nobody holds."""
+    for first in range(0, len(events), PIECE):
+        breathe()
+        owners: dict[int, list[str]] = {}
+        places: dict[int, tuple[str, int]] = {}
+        for event in events[first:first + PIECE]:
+            name, ids = event[4], event[5]
+            if any(block_id in owners or block_id in state.block_owners for block_id in ids):  # as no engine tells it
+                state.block_owners.update(owners)
+                state.block_places.update(places)
+                owners, places = {}, {}
+                state._blocks_allocated(event)
+                continue
+            request = state.requests.get(name)
+            held = [] if request is None else request.block_ids
+            for index, block_id in enumerate(ids, start=len(held)):
+                owners[block_id], places[block_id] = [name], (name, index)
+            held += ids
+        state.block_owners.update(owners)
+        state.block_places.update(places)
 
 
 def _apply_steps(state: "EngineState", events: list[Event], breathe: Callable[[], None]) -> None:

