@@ -18,6 +18,7 @@ pytest.importorskip("numba_cuda")
 from tests.hopper_emulator import Emulator  # noqa: E402
 from tinyvllm.kernels import driver  # noqa: E402
 from tinyvllm.kernels.attention import fragments, prefill_wgmma, schedule  # noqa: E402
+from tinyvllm.kernels.attention.decode_registers import NO_HINTS  # noqa: E402
 from tinyvllm.kernels.attention.numpy_twin import attention_numpy  # noqa: E402
 from tinyvllm.kernels.attention.prefill import LOG2_E  # noqa: E402
 from tinyvllm.kernels.attention.prefill_layout import can_run, choose_shape, make_layout  # noqa: E402
@@ -211,7 +212,7 @@ def test_the_launch_that_the_fused_operations_make(rng, monkeypatch):
     kernel = prefill_wgmma_kernel(64, 2, 16, 1, 32, 2, 2)
     emulator = Emulator(kernel.threads, kernel.shared_bytes)
     fused = object.__new__(FusedOperations)  # without a GPU there is no stream
-    fused.hopper, fused.dependent, fused.batch_invariant = True, True, False
+    fused.hopper, fused.dependent, fused.batch_invariant, fused.hints = True, True, False, NO_HINTS
     fused.num_multiprocessors, fused.maps, fused._run = 1, Maps(), launch
     arrays = [DeviceArray(emulator.put(x), x.shape, x.dtype, x) if isinstance(x, np.ndarray) else x
               for x in (out, *case)]

@@ -20,23 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from tinyvllm.kernels.attention import decode, decode_registers, prefill, prefill_wgmma
-from tinyvllm.kernels.attention.combine import WARPS as COMBINE_WARPS
-from tinyvllm.kernels.attention.combine import combine_parts_kernel
-from tinyvllm.kernels.attention.decode_simple import STATISTICS
-from tinyvllm.kernels.attention.prefill_simple import num_tiles as prefill_tiles
+from tinyvllm.kernels.attention import prefill
+from tinyvllm.kernels.attention.decode_registers import NO_HINTS
 from tinyvllm.kernels.cuda_support import ceil_div, compute_capability, cuda, pointer
 from tinyvllm.kernels.driver import Stream
-from tinyvllm.kernels.fused import draw, greedy, key_bins, rope_write, rows, take_sampled, thresholds
+from tinyvllm.kernels.fused import attention, draw, greedy, key_bins, rope_write, rows, take_sampled, thresholds
 from tinyvllm.kernels.fused.tensor_maps import TensorMaps
 from tinyvllm.kernels.gemm import few_rows, skinny, tensor_core, wgmma
 
 __all__ = ["FusedOperations", "can_run", "can_choose"]
 
 MOST_SHARED_BYTES = 160 * 1024  # few_rows keeps x in shared memory; beyond this it is left to the other kernels
-DECODE_STAGES = 2  # of decode attention; with 3 or 4 fewer blocks fit on a multiprocessor, for the same bandwidth
 FEW_ROWS_HOPPER = 4  # from here on wgmma is faster: at 8 rows a step takes 894 us by skinny.py, 937 by few_rows.py
-WGMMA_PREFILL_ROWS = 128  # a prompt of 32 tokens is there after 1.83 ms without wgmma in its attention, 2.05 with it
 NO_ADDRESSES = (0,) * 7
 
 
@@ -68,8 +63,8 @@ class FusedOperations:
     def __init__(self, stream: Stream, hopper: bool | None = None, batch_invariant: bool = False):
         self.stream, self.batch_invariant = stream, batch_invariant
         self.hopper = self.dependent = compute_capability() == (9, 0) if hopper is None else hopper
-        self.wgmma_prefill_rows = WGMMA_PREFILL_ROWS
-        self.hints = decode_registers.NO_HINTS  # for decode attention; whoever sets others sets these again
+        self.wgmma_prefill_rows = attention.WGMMA_PREFILL_ROWS
+        self.hints = NO_HINTS  # for decode attention; whoever sets others sets these again
         self.maps = TensorMaps(stream)
         self.num_multiprocessors = cuda.get_current_device().MULTIPROCESSOR_COUNT
         self._scratch: dict[int, Any] = {}  # kept for good: graphs refer to them
@@ -105,21 +100,12 @@ class FusedOperations:
 
     def attention(self, out, qkv, k_cache, v_cache, block_tables, seq_lens, query_start_loc, num_decodes, scale,
                   num_heads, num_kv_heads, head_dim, block_size) -> None:
-        num_requests, max_blocks = block_tables.shape
-        group = num_heads // num_kv_heads
-        scale = scale * prefill.LOG2_E
+        arguments = (out, qkv, k_cache, v_cache, block_tables, seq_lens, query_start_loc, num_decodes,
+                     scale * prefill.LOG2_E, num_heads, num_kv_heads, head_dim, block_size)
         if num_decodes:
-            self._decode_attention(out, qkv, k_cache, v_cache, block_tables, seq_lens, num_decodes, scale, num_heads,
-                                   num_kv_heads, head_dim, block_size)
-        if num_decodes < num_requests and not self._wgmma_prefill(
-                out, qkv, k_cache, v_cache, block_tables, seq_lens, query_start_loc, num_decodes, scale, num_heads,
-                num_kv_heads, head_dim, block_size):
-            tiles = prefill_tiles(out.shape[0], num_decodes, num_requests, prefill.ROWS // group)
-            kernel = prefill.prefill_kernel(head_dim)
-            self._run(kernel, (tiles, num_kv_heads, 1), prefill.THREADS, kernel.shared_bytes, out.address,
-                      qkv.address, k_cache.address, v_cache.address, block_tables.address, seq_lens.address,
-                      query_start_loc.address, num_decodes, num_requests, max_blocks, scale, num_heads, num_kv_heads,
-                      block_size, dependent=False)
+            attention.decode_rows(self, *arguments)
+        if num_decodes < block_tables.shape[0]:
+            attention.prompt_rows(self, *arguments)
 
     def linear_add(self, residual, hidden, x, weight) -> None:
         fused = self._few_rows(x, weight.shape[0], False, "add")
@@ -269,62 +255,6 @@ class FusedOperations:
                   self.maps.of(x, wgmma.BM), self.maps.of(weight, kernel.box_rows), self.maps.of(out, 64), num_rows,
                   num_outputs, depth)
         return True
-
-    def _wgmma_prefill(self, out, qkv, k_cache, v_cache, block_tables, seq_lens, query_start_loc, num_decodes, scale,
-                       num_heads, num_kv_heads, head_dim, block_size) -> bool:
-        """Prefill attention by wgmma (scale times log2(e)); False where it cannot."""
-        rows = out.shape[0] - num_decodes
-        if not (self.hopper and (self.batch_invariant or rows >= self.wgmma_prefill_rows)
-                and prefill_wgmma.can_run(num_heads, num_kv_heads, head_dim, block_size)):
-            return False
-        num_requests, max_blocks = block_tables.shape
-        group, shape = num_heads // num_kv_heads, prefill_wgmma.choose_shape(head_dim, block_size)
-        kernel = prefill_wgmma.prefill_wgmma_kernel(head_dim, group, block_size, *shape)
-        tiles = prefill_tiles(out.shape[0], num_decodes, num_requests, kernel.tokens) * num_kv_heads
-        heads = qkv.reshape(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
-        caches = (cache.reshape(cache.size // head_dim, head_dim) for cache in (k_cache, v_cache))
-        self._run(kernel, (min(tiles, kernel.blocks * self.num_multiprocessors), 1, 1), kernel.threads,
-                  kernel.shared_bytes, self.maps.of(heads, kernel.tokens, group),
-                  *(self.maps.of(cache, block_size) for cache in caches), out.address, block_tables.address,
-                  seq_lens.address, query_start_loc.address, num_decodes, num_requests, max_blocks, scale, num_heads,
-                  num_kv_heads, dependent=False)
-        return True
-
-    def _decode_attention(self, out, qkv, k_cache, v_cache, block_tables, seq_lens, num_decodes, scale, num_heads,
-                          num_kv_heads, head_dim, block_size) -> None:
-        """Attention of the first num_decodes requests (scale times log2(e))."""
-        max_blocks, group = block_tables.shape[1], num_heads // num_kv_heads
-        percent = self._shared_percent(out.shape[0])
-        head_blocks = num_kv_heads * ceil_div(group, 16)
-        straight = self.hopper and decode_registers.can_run(head_dim, group, block_size)
-        order, num_contexts = self.hints.order, num_decodes * head_blocks
-        if straight:
-            warps, part_keys = decode_registers.INVARIANT_SHAPE if self.batch_invariant else (
-                decode_registers.choose_shape(num_contexts, max_blocks * block_size, self.num_multiprocessors,
-                                              decode_registers.warps_at_once(head_dim, group), self.hints.in_parts))
-            if num_contexts <= self.num_multiprocessors:  # all begin at once
-                order = None
-            percent = percent or decode_registers.SHARED_PERCENT
-            kernel = decode_registers.decode_registers_kernel(head_dim, group, block_size, warps, percent)
-        else:
-            part_keys = decode.SPLIT
-            kernel = decode.decode_kernel(head_dim, self.dependent, DECODE_STAGES, block_size, percent)
-        splits = ceil_div(max_blocks * block_size, part_keys)
-        parts = self._workspace(num_decodes * num_heads * splits * (head_dim + STATISTICS)) if splits > 1 else 0
-        addresses = (out.address, parts, qkv.address, k_cache.address, v_cache.address, block_tables.address,
-                     seq_lens.address)
-        if straight:
-            self._run(kernel, (head_blocks, splits, num_decodes), kernel.threads, kernel.shared_bytes, *addresses,
-                      0 if order is None else order.address, max_blocks, part_keys, splits, scale, num_heads,
-                      num_kv_heads)
-        else:
-            self._run(kernel, (splits, head_blocks, num_decodes), kernel.threads, kernel.shared_bytes, *addresses,
-                      max_blocks, splits, scale, num_heads, num_kv_heads, block_size)
-        if splits > 1:
-            num_rows = num_decodes * num_heads
-            self._run(combine_parts_kernel(head_dim, self.dependent, percent),
-                      (ceil_div(num_rows, COMBINE_WARPS), 1, 1), 32 * COMBINE_WARPS, 0, out.address, parts,
-                      seq_lens.address, part_keys, splits, num_heads, num_rows)
 
     def _linear(self, out, x, weight) -> None:
         if self._product("plain", out, x, weight):
