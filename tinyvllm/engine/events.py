@@ -3,9 +3,10 @@
     (sequence number, t_ns, kind, step, request_id, a, b)
 
 `a` and `b` depend on the kind (the table below). Events are plain tuples of numbers, strings and lists, so that a trace
-is a file of them and a widget needs nothing else. Rows are tuples, which Python's garbage collector soon leaves alone:
-of millions of small lists it would hold everybody up for a fifth of a second at a time. The engine emits events only
-while somebody listens: without an EventLog it spends one comparison with None on each.
+is a file of them and a widget needs nothing else. Rows, which may be many, are kept as columns and read as tuples
+(event_rows.py): of millions of small objects Python's garbage collector would hold everybody up for a fifth of a second
+at a time. The engine emits events only while somebody listens: without an EventLog it spends one comparison with None
+on each.
 
 | kind | request_id | a | b |
 |---|---|---|---|

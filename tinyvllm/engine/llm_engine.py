@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Any
 
+from tinyvllm.engine.event_rows import Rows
 from tinyvllm.engine.events import EventLog
 from tinyvllm.engine.kv_cache_manager import KVCacheManager
 from tinyvllm.engine.pipeline import Pipeline, Runner
@@ -212,7 +213,7 @@ class LLMEngine:
         if self._new_tokens:
             tokens, self._new_tokens = self._new_tokens, []
             if self.events is not None:
-                self.events.emit("tokens", None, tuple(tokens))
+                self.events.emit("tokens", None, Rows(*zip(*tokens)))
 
     def _emit(self, request: Request, now: float) -> None:
         """Make an output of a request's state; if it has ended, let go of everything that belongs to it."""

@@ -12,8 +12,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from typing import Protocol
 
+from tinyvllm.engine.event_rows import Rows
 from tinyvllm.engine.events import EventLog
 from tinyvllm.engine.garbage import collect_young
 from tinyvllm.engine.scheduler import Scheduler, SchedulerOutput
@@ -57,6 +59,7 @@ class Pipeline:
         self.num_steps = self.num_prompt_tokens = self.num_output_tokens = 0
         self.last_step_tokens = 0
         self.begin = getattr(runner, "begin", None)
+        self._names: tuple[list | None, tuple[str, ...]] = None, ()  # a batch's requests, and their ids
         self._wait_began = 0.0  # time.perf_counter(); 0: nothing is waited for
         self._usual_wait_s = 0.0
 
@@ -140,9 +143,20 @@ class Pipeline:
         step.begun_ns = time.perf_counter_ns()
         if self.events is not None:
             self.events.step = step.number
-            rows = [s for s in step.batch.scheduled if not s.request.status.is_finished]
-            self.events.emit_at(step.begun_ns, "step_begun", None, sum(s.num_scheduled_tokens for s in rows), tuple(
-                (s.request.request_id, s.start, s.num_scheduled_tokens, s.sample) for s in rows))
+            rows = self._rows(step.batch)
+            self.events.emit_at(step.begun_ns, "step_begun", None, sum(rows.columns[2]), rows)
+
+    def _rows(self, batch: SchedulerOutput) -> Rows:
+        """Of the requests that have not ended."""
+        requests = batch.requests
+        columns = [batch.starts.tolist(), batch.counts.tolist(), batch.samples.tolist()]
+        if any(request.status.is_finished for request in requests):
+            alive = [not request.status.is_finished for request in requests]
+            requests, *columns = [list(compress(column, alive)) for column in (requests, *columns)]
+            self._names = None, tuple(request.request_id for request in requests)
+        elif requests is not self._names[0]:
+            self._names = requests, tuple(request.request_id for request in requests)
+        return Rows(self._names[1], *map(tuple, columns))
 
     @contextmanager
     def _telling_failure(self, step: UnderWay) -> Iterator[None]:

@@ -6,7 +6,7 @@ Most events are of steps that are alike: the same requests in the same order, on
     step_begun  ((a, 8, 1, True), (b, 4, 1, True))  |  step_ended  |  tokens  ((a, 13, " fox"), (b, 14, " hen"))
 
 Of such a run of steps the first and the last are looked at: a request that got on by as many tokens as there were
-steps, each of them with as many tokens as rows, was in all of them. Tokens are turned on their side by zip, which is C,
+steps, each of them with as many tokens as rows, was in all of them. Tokens are looked at by columns (event_rows.py),
 and each request is visited once a run: a += [11, 13], b += [12, 14].
 
 What blocks do changes nothing of what steps and tokens do, nor the other way round; so a run goes on over them. Fresh
@@ -19,6 +19,7 @@ from itertools import groupby, repeat
 from operator import add, itemgetter, lt
 from typing import TYPE_CHECKING
 
+from tinyvllm.engine.event_rows import columns_of
 from tinyvllm.engine.events import KINDS, Event
 from tinyvllm.engine.state_records import StepState
 
@@ -159,8 +160,8 @@ def _apply_run(state: "EngineState", events: list[Event], breathe: Callable[[], 
 
 def _are_of_the_same(state: "EngineState", begun: list[Event]) -> bool:
     """Whether the first and the last are steps of the same requests, with nothing else in between; and no prompt's."""
-    names, starts, counts, _ = zip(*begun[0][6])
-    last_names, last_starts, last_counts, _ = zip(*begun[-1][6])
+    names, starts, counts, _ = columns_of(begun[0][6])
+    last_names, last_starts, last_counts, _ = columns_of(begun[-1][6])
     known = map(state.requests.get, names)
     return (names == last_names and counts == last_counts == (1,) * len(names) and len({*names}) == len(names)
             and last_starts == (*map(add, starts, repeat(len(begun) - 1)),)
@@ -175,7 +176,7 @@ def _apply_tokens(state: "EngineState", events: list[Event], breathe: Callable[[
     for event in events[len(columns):]:
         if not len(columns) % 8:
             breathe()
-        columns.append((*zip(*event[5]),) if event[6] is None and event[5] else ((),))
+        columns.append(columns_of(event[5]) if event[6] is None and event[5] else ((),))
     for names, run in groupby(zip(columns, events), lambda pair: pair[0][0]):
         run = [*run]
         if len(run) < SHORTEST or not names or len({*names}) < len(names):  # a name twice: its tokens change places

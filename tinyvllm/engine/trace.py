@@ -16,6 +16,7 @@ from typing import Any
 
 from tinyvllm.engine.chrome_trace import chrome_events
 from tinyvllm.engine.event_check import check_event
+from tinyvllm.engine.event_rows import Rows, columns_of
 from tinyvllm.engine.events import Event
 from tinyvllm.engine.recording import token_ids_in
 from tinyvllm.engine.state import EngineState
@@ -162,13 +163,19 @@ def _open(path: Path, mode: str, compressed: bool) -> Iterator[Any]:
 def _json(value: Any, what: str = "this trace") -> bytes:
     """One line. Raises TraceError for what JSON cannot hold."""
     try:
-        text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_as_list)
         try:
             return f"{text}\n".encode()
         except UnicodeEncodeError:  # half of a surrogate pair, which UTF-8 cannot hold and JSON can
-            return f"{json.dumps(value, separators=(',', ':'))}\n".encode()
+            return f"{json.dumps(value, separators=(',', ':'), default=_as_list)}\n".encode()
     except (RecursionError, TypeError, ValueError) as problem:
         raise TraceError(f"{what} cannot be written as JSON ({problem}): {str(value)[:200]}") from None
+
+
+def _as_list(value: Any) -> list:
+    if isinstance(value, Rows):
+        return [*value]
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def _parse(line: bytes) -> Any:
@@ -179,10 +186,14 @@ def _event(line: bytes) -> Event:
     event = Event(*_parse(line))
     check_event(event)
     if event.kind == "tokens":
-        return event._replace(a=tuple(map(tuple, event.a)))
+        return event._replace(a=_rows(event.a))
     if event.kind == "step_begun":
-        return event._replace(b=tuple(map(tuple, event.b)))
+        return event._replace(b=_rows(event.b))
     return event
+
+
+def _rows(rows: list) -> Rows | tuple:
+    return Rows(*columns_of(rows)) if rows else ()
 
 
 def _check_header(path: Path, header: Any) -> dict[str, Any]:
