@@ -94,7 +94,8 @@ class Bench:
     """A LiveEngine that is kept busy."""
 
     def __init__(self, model: str, device: str, requests: int, output_tokens: int):
-        self.llm = LLM(find_model(model), device=device, max_num_seqs=requests, use_tqdm=False, skip_tokenizer_init=model != "demo")
+        self.llm = LLM(find_model(model), device=device, max_num_seqs=requests, use_tqdm=False,
+                       skip_tokenizer_init=model != "demo")
         self.live, self.ends = LiveEngine(self.llm), []
         self.numbers, self.draw, self.output_tokens = itertools.count(), random.Random(0), output_tokens
         inner = self.llm.engine.pipeline.take_in

@@ -106,7 +106,8 @@ def main() -> None:
     tools = [tool for tool in TESTS if options.only in (None, tool)]
     work = [(run_control, tool, until) for tool in tools]
     work += [(run_shard, tool, file, which, number, count, until) for tool in tools
-             for file, (which, count) in TESTS[tool].items() if file in options.files.split(",") for number in range(1, count + 1)]
+             for file, (which, count) in TESTS[tool].items() if file in options.files.split(",")
+             for number in range(1, count + 1)]
     findings = []
     with ThreadPoolExecutor(options.jobs) as pool:
         for done in as_completed([pool.submit(*piece) for piece in work]):
